@@ -1,0 +1,50 @@
+# Every target calls `setup`, which does nothing when the environment is already right.
+PY := .venv/bin/python
+TEST_ARGS ?=
+DEMO_ARGS ?=
+
+.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo bench gpu clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: ## create .venv and install everything this machine can run
+	@./scripts/setup.sh
+
+lint: setup ## ruff, mypy --strict, import contracts
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-cache
+
+format: setup ## rewrite the code as ruff formats it
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+test: lint ## lint, then all tests: unit, one real engine, fleets of real processes
+	$(PY) -m pytest tests $(TEST_ARGS)
+
+test-all: lint ## lint, then all tests with the slow ones: the whole SwiftKV matrix, about half an hour on 2 cores
+	$(PY) -m pytest -m "slow or not slow" tests $(TEST_ARGS)
+
+test-unit: setup ## the quick tests
+	$(PY) -m pytest tests/unit $(TEST_ARGS)
+
+test-engine: setup ## tests on one real engine
+	$(PY) -m pytest tests/engine $(TEST_ARGS)
+
+test-fleet: setup ## tests on several real processes, with faults
+	$(PY) -m pytest tests/fleet $(TEST_ARGS)
+
+demo: setup ## 1 prefill + 1 decode + router on a real trace, proven equal to one engine
+	$(PY) -m vllm_suite.cli.main demo $(if $(MODEL),--model $(MODEL)) $(if $(TRACE),--trace $(TRACE)) --json build/demo/report.json $(DEMO_ARGS)
+
+bench: setup ## every benchmark, JSON under build/bench
+	@mkdir -p build/bench
+	@for b in benchmarks/bench_*.py; do echo "== $$b"; $(PY) $$b --json build/bench/$$(basename $$b .py).json || exit 1; done
+
+gpu: setup ## tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu tests $(TEST_ARGS)
+
+clean: ## remove build output, keep the environment
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

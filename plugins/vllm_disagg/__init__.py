@@ -1,0 +1,1 @@
+"""KV-cache hand-off between prefill and decode instances over NIXL, fenced."""

@@ -1,0 +1,257 @@
+"""A running fleet as the tests address it, and the file it is started from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+START_TIMEOUT_S = 300.0
+MODEL = "tiny"
+KEY = "client-key"
+CONTROL_KEY = "control-key"
+ENGINE_KEY = "engine-key"
+
+SUITE = {"pull_timeout_s": 4.0, "claim_timeout_s": 0.5, "lease_s": 4.0, "peer_retry_s": 0.5, "peer_retry_max_s": 1.0}
+
+
+def run_of_ports(count: int) -> int:
+    """First of ``count`` consecutive free ports, below those the system hands out by itself."""
+    for _ in range(100):
+        first = random.randrange(20_000, 32_000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise RuntimeError("no run of free ports found")
+
+
+def prompt(tokens: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(16, 500) for _ in range(tokens)]
+
+
+def request(text: list[int] | str, max_tokens: int = 8, **fields: Any) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "prompt": text,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+
+
+def shm_entries() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        value = json.loads(self.text)
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def tokens(self) -> list[int]:
+        assert self.status == 200, (self.status, self.text)
+        tokens: list[int] = self.json["choices"][0]["token_ids"]
+        return tokens
+
+
+class Fleet:
+    """The running fleet, addressed by role."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_dir: Path, session: aiohttp.ClientSession) -> None:
+        self.process = process
+        self.log_dir = log_dir
+        self.session = session
+
+    def member(self, role: str) -> dict[str, Any]:
+        state = json.loads((self.log_dir / "fleet.json").read_text())
+        (found,) = [p for p in state["processes"] if p["role"] == role]
+        assert isinstance(found, dict)
+        return found
+
+    def url(self, role: str) -> str:
+        return str(self.member(role)["url"])
+
+    def signal(self, role: str, sig: int) -> None:
+        """Send ``sig`` to every process of the instance, workers included."""
+        for pid in self.member(role)["pids"]:
+            for victim in [pid, *descendants(pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, sig)
+
+    def freeze(self, role: str) -> None:
+        self.signal(role, signal.SIGSTOP)
+
+    def thaw(self, role: str) -> None:
+        self.signal(role, signal.SIGCONT)
+
+    async def post(
+        self, body: Any, role: str = "router", path: str = "/v1/completions", timeout_s: float = 120.0, **headers: str
+    ) -> Answer:
+        key = KEY if role == "router" else ENGINE_KEY
+        all_headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **headers}
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with self.session.post(self.url(role) + path, data=data, headers=all_headers, timeout=timeout) as r:
+            return Answer(r.status, {k.lower(): v for k, v in r.headers.items()}, await r.text())
+
+    async def get(self, role: str, path: str, key: str | None = None) -> Answer:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with self.session.get(self.url(role) + path, headers=headers) as r:
+            return Answer(r.status, {k.lower(): v for k, v in r.headers.items()}, await r.text())
+
+    async def metric(self, role: str, name: str, **labels: str) -> float:
+        """Sum of the samples of that name whose labels match."""
+        key = KEY if role == "router" else ENGINE_KEY
+        text = (await self.get(role, "/metrics", key)).text
+        total = 0.0
+        for line in text.splitlines():
+            if line.startswith((name + "{", name + " ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+    async def idle(self, timeout_s: float = 30.0) -> None:
+        """Nothing runs, nothing waits and no KV block is held on any instance, within the deadline."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            now = {
+                f"{role} {name}": await self.metric(role, f"vllm:{name}")
+                for role in ("prefill", "decode")
+                for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+            }
+            if not any(now.values()):
+                return
+            assert time.monotonic() < deadline, f"still busy: {now}"
+            await asyncio.sleep(0.2)
+            # An idle engine reports nothing; a request makes it say how many blocks it holds.
+            for role in ("prefill", "decode"):
+                await self.post(request(prompt(4, 1), 2), role)
+
+    async def epoch(self, role: str) -> str | None:
+        """The epoch of the instance of that role, as far as the router knows one that is ready."""
+        with contextlib.suppress(aiohttp.ClientError, KeyError, TimeoutError):
+            members = (await self.get("router", "/suite/v1/instances", CONTROL_KEY)).json["instances"]
+            for member in members:
+                if member["role"] == role and member["ready"]:
+                    return str(member["epoch"])
+        return None
+
+    async def ready(self, role: str, former_epoch: str | None = None, timeout_s: float = 180.0) -> None:
+        """The router counts the instance of that role as ready, in another life than ``former_epoch``."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            epoch = await self.epoch(role)
+            if epoch is not None and epoch != former_epoch:
+                return
+            assert time.monotonic() < deadline, f"no ready {role} after {timeout_s:.0f} s"
+            await asyncio.sleep(0.25)
+
+
+def descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
+
+
+def spec(model: Path, log_dir: Path) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "served_model_name": MODEL,
+        "engine": {
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 64 << 20,
+            "enable_prefix_caching": False,
+            "generation_config": "vllm",
+            "additional_config": {},
+        },
+        "env": {"VLLM_SUITE_FLEET_KEY": "fleet-key"},
+        "pools": {role: {"engine": {"kv_transfer_config": transfer(role)}} for role in ("prefill", "decode")},
+        "router": {
+            "port": run_of_ports(1),
+            "disaggregation": {"min_prompt_tokens": 0, "max_cached_fraction": 1.0},
+            "timeouts": {"prefill_s": 6.0, "connect_s": 1.0},
+            "auth": {"api_keys": [KEY], "upstream_api_key": ENGINE_KEY, "control_key": CONTROL_KEY},
+        },
+        "local": {
+            "first_port": run_of_ports(2),
+            "first_side_channel_port": run_of_ports(2),
+            "log_dir": str(log_dir),
+            "device": "cpu",
+            "restart": {"first_delay": "100ms"},
+        },
+    }
+
+
+def transfer(role: str) -> dict[str, Any]:
+    return {
+        "kv_connector": "SuiteNixlConnector",
+        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[role],
+        "kv_buffer_device": "cpu",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"suite": SUITE},
+    }
+
+
+@contextlib.contextmanager
+def running(folder: Path, fleet_spec: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the fleet with ``vllm-suite up``; afterwards check that nothing of it is left."""
+    path, answer = folder / "fleet.yaml", folder / "up.json"
+    path.write_text(yaml.safe_dump(fleet_spec))
+    before = shm_entries()
+    with (folder / "up.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_suite.cli.main", "up", str(path), "--json", str(answer)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    members: list[int] = []
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not answer.exists():
+            assert process.poll() is None, (folder / "up.log").read_text()[-4000:]
+            assert time.monotonic() < deadline, (folder / "up.log").read_text()[-4000:]
+            time.sleep(0.25)
+        yield process
+    finally:
+        members = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    time.sleep(0.5)
+    left = [pid for pid in members if Path(f"/proc/{pid}").exists()]
+    assert not left, f"processes left behind: {left}"
+    assert process.returncode == 0
+    assert shm_entries() <= before, f"shared memory left behind: {shm_entries() - before}"

@@ -1,0 +1,201 @@
+"""A scripted instance: a real HTTP server on loopback that answers as told, faults included."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+REFERENCE = {
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "remote_block_ids": [[1, 2]],
+    "remote_engine_id": "engine",
+    "remote_host": "127.0.0.1",
+    "remote_port": 1,
+    "suite": {"epoch": "e", "digest": "0.10"},
+}
+
+
+@dataclass
+class Seen:
+    """One request as it arrived."""
+
+    path: str
+    headers: CIMultiDict[str]
+    raw: bytes
+    body: Any
+    aborted: bool = False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        assert isinstance(port, int)
+        return port
+
+
+@dataclass
+class Instance:
+    """`script` holds what the next requests get, one word each; `ok` when it is empty.
+
+    ok · a status code · hang · slow (0.4 s before the first byte) · reset (connection closed unanswered) ·
+    die (closed after two events) · die_first (closed after the head) · die_json (closed inside a JSON body) ·
+    stall (silent after two events) · error_event (a stream that begins with a server error) ·
+    trickle (an event each 50 ms) · garbage (200 with a body that is no JSON) · no_reference
+    """
+
+    role: str = "any"
+    instance_id: str = ""
+    epoch: str = "e1"
+    ready: bool = True
+    draining: bool = False
+    models: list[str] = field(default_factory=lambda: ["tiny"])
+    port: int = 0
+    state_key: str | None = None
+    state_mode: str = "ok"  # ok · hang · 500 · junk
+    script: deque[str] = field(default_factory=deque)
+    seen: list[Seen] = field(default_factory=list)
+    events: int = 4
+    load: dict[str, Any] = field(default_factory=lambda: {"running": 0, "waiting": 0})
+    prompt_tokens: int = 100
+
+    async def start(self) -> Instance:
+        self.port = self.port or free_port()
+        self.instance_id = self.instance_id or f"{self.role}-{self.port}"
+        app = web.Application(client_max_size=1 << 28)
+        app.router.add_get("/suite/v1/state", self._state)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/completions", self._generate)
+        app.router.add_post("/v1/chat/completions", self._generate)
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        return self
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def _state(self, request: web.Request) -> web.Response:
+        if self.state_key and request.headers.get("Authorization") != f"Bearer {self.state_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        if self.state_mode == "hang":
+            await asyncio.sleep(30)
+        if self.state_mode == "500":
+            return web.Response(status=500)
+        if self.state_mode == "junk":
+            return web.json_response({"instance_id": 3})
+        return web.json_response(
+            {
+                "instance_id": self.instance_id,
+                "epoch": self.epoch,
+                "role": self.role,
+                "ready": self.ready,
+                "draining": self.draining,
+                "models": self.models,
+                "max_model_len": 1024,
+                "vllm": "0.32.0+cpu",
+                "load": self.load,
+            }
+        )
+
+    async def _health(self, request: web.Request) -> web.Response:
+        if self.state_mode == "hang":
+            await asyncio.sleep(30)
+        return web.Response(status=200 if self.ready else 503)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        cards = [{"id": name, "object": "model", "created": 1} for name in self.models]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            body = None
+        seen = Seen(request.path, CIMultiDict(request.headers), raw, body)
+        self.seen.append(seen)
+        try:
+            return await self._answer(request, body, self.script.popleft() if self.script else "ok")
+        except asyncio.CancelledError:
+            seen.aborted = True
+            raise
+
+    async def _answer(self, request: web.Request, body: Any, word: str) -> web.StreamResponse:
+        if not isinstance(body, dict):
+            return _error(400, "not a JSON object")
+        if word.isdigit():
+            return _error(int(word), f"scripted {word}")
+        if word == "hang":
+            await asyncio.sleep(30)
+        if word == "slow":
+            await asyncio.sleep(0.4)
+        transport = request.transport
+        assert transport is not None
+        if word == "reset":
+            transport.close()
+            return web.Response()
+        if word == "garbage":
+            return web.Response(body=b"<html>", content_type="application/json")
+        params = body.get("kv_transfer_params") or {}
+        if body.get("stream"):
+            return await self._stream(request, word)
+        answer = {
+            "id": request.headers.get("X-Request-Id"),
+            "model": body.get("model"),
+            "choices": [{"index": 0, "text": self.instance_id, "finish_reason": "length"}],
+            "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": 1},
+            "kv_transfer_params": REFERENCE if params.get("do_remote_decode") and word != "no_reference" else None,
+        }
+        if word == "die_json":
+            text = json.dumps(answer).encode()
+            response = web.StreamResponse(
+                headers={"Content-Length": str(len(text)), "Content-Type": "application/json"}
+            )
+            await response.prepare(request)
+            await response.write(text[:20])
+            transport.close()
+            return response
+        return web.json_response(answer)
+
+    async def _stream(self, request: web.Request, word: str) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        transport = request.transport
+        assert transport is not None
+        await response.prepare(request)
+        if word == "die_first":
+            transport.close()
+            return response
+        if word == "error_event":
+            event = {"error": {"message": "KV load failed", "type": "InternalServerError", "param": None, "code": 500}}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await response.write(b"data: [DONE]\n\n")
+            return response
+        for index in range(self.events):
+            event = {"choices": [{"index": 0, "text": f"{index} {self.instance_id}"}]}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await asyncio.sleep(0.05 if word == "trickle" else 0)
+            if index == 1 and word in ("die", "stall"):
+                await asyncio.sleep(0.05 if word == "die" else 30)
+                transport.abort()
+                return response
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def _error(status: int, message: str) -> web.Response:
+    body = {"error": {"message": message, "type": "Scripted", "param": None, "code": status}}
+    return web.json_response(body, status=status)

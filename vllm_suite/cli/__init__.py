@@ -1,0 +1,1 @@
+"""The `vllm-suite` command: argument parsing only, one file a verb."""

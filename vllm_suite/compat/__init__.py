@@ -1,0 +1,1 @@
+"""The only place of the suite that imports private vLLM names."""

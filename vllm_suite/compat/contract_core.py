@@ -1,0 +1,88 @@
+"""Rows for what the bootstrap and the control endpoint use."""
+
+from __future__ import annotations
+
+from vllm_suite.compat.contracts import Contract
+
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_PLUGINS = "vllm.plugins"
+_ENDPOINT = "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"
+_FACTORY = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"
+
+ROWS: tuple[Contract, ...] = (
+    # hooks.py
+    Contract(f"{_ARGS}.add_cli_args", "staticmethod", "wrapped to add --plugins", ("parser",)),
+    Contract(f"{_ARGS}.from_cli_args", "classmethod", "wrapped to see the API port", ("cls", "args")),
+    Contract(
+        f"{_ARGS}.create_engine_config",
+        "method",
+        "wrapped to set options before they are read",
+        ("self", "usage_context", "headless"),
+    ),
+    Contract(
+        "vllm.engine.arg_utils:AsyncEngineArgs.add_cli_args",
+        "staticmethod",
+        "loads general plugins, then calls EngineArgs.add_cli_args, which is by then wrapped",
+        ("parser", "async_args_only"),
+    ),
+    Contract("vllm.utils.argparse_utils:FlexibleArgumentParser", "class", "carries --plugins"),
+    # settings.py
+    Contract(f"{_ARGS}.kv_transfer_config", "attribute", "set for disagg"),
+    Contract(f"{_ARGS}.ec_transfer_config", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.scheduler_cls", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.kv_sharing_fast_prefill", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.worker_extension_cls", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.additional_config", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.logits_processors", "attribute", "may be added to by a plugin"),
+    Contract("vllm.config:KVTransferConfig", "class", "type of kv_transfer_config"),
+    Contract("vllm.config:KVTransferConfig.kv_connector", "attribute", "set for disagg"),
+    Contract("vllm.config:KVTransferConfig.kv_connector_module_path", "attribute", "set for disagg"),
+    Contract("vllm.config:KVTransferConfig.kv_role", "attribute", "set for disagg"),
+    Contract("vllm.config:KVTransferConfig.kv_load_failure_policy", "attribute", "set for disagg"),
+    Contract("vllm.config:KVTransferConfig.kv_buffer_device", "attribute", "set for disagg on CPU"),
+    Contract("vllm.config:ECTransferConfig", "class", "type of ec_transfer_config"),
+    # engine.py
+    Contract("vllm.platforms:current_platform", "attribute", "its device_type decides the KV buffer"),
+    Contract("vllm.platforms.interface:Platform.device_type", "attribute", "decides the KV buffer"),
+    Contract("vllm.usage.usage_lib:UsageContext.OPENAI_API_SERVER", "attribute", "tells a server from LLM(...)"),
+    # environment.py
+    Contract("vllm.envs:environment_variables", "attribute", "the variables vLLM does not warn about"),
+    # allowlist.py
+    Contract(f"{_PLUGINS}:DEFAULT_PLUGINS_GROUP", "attribute", "a group to list", value="vllm.general_plugins"),
+    Contract(f"{_PLUGINS}:PLATFORM_PLUGINS_GROUP", "attribute", "a group to list", value="vllm.platform_plugins"),
+    Contract(
+        f"{_PLUGINS}:IO_PROCESSOR_PLUGINS_GROUP", "attribute", "a group to list", value="vllm.io_processor_plugins"
+    ),
+    Contract(f"{_PLUGINS}:STAT_LOGGER_PLUGINS_GROUP", "attribute", "a group to list", value="vllm.stat_logger_plugins"),
+    Contract(f"{_PLUGINS}:ENDPOINT_PLUGINS_GROUP", "attribute", "a group to list", value="vllm.endpoint_plugins"),
+    Contract(f"{_PLUGINS}:load_endpoint_plugins", "function", "wrapped where names clash", ("supported_tasks",)),
+    Contract(
+        "vllm.plugins.lora_resolvers.hf_hub_resolver",
+        "literal",
+        "the one default plugin that being named turns on",
+        value="lora_hf_hub_resolver",
+    ),
+    # connectors.py
+    Contract(f"{_FACTORY}._registry", "attribute", "registering a name twice raises"),
+    Contract(
+        f"{_FACTORY}.register_connector", "classmethod", "lazy names", ("cls", "name", "module_path", "class_name")
+    ),
+    # endpoint.py
+    Contract(f"{_ENDPOINT}.attach_router", "method", "implemented", ("self", "app")),
+    Contract(f"{_ENDPOINT}.init_state", "method", "implemented", ("self", "engine_client", "state", "args")),
+    Contract("vllm.config:VllmConfig.kv_transfer_config", "attribute", "served as kv_connector"),
+    Contract("vllm.config:ModelConfig.max_model_len", "attribute", "served"),
+    Contract("vllm.config:CacheConfig.block_size", "attribute", "served"),
+    # engine_state.py
+    Contract("vllm.engine.protocol:EngineClient.check_health", "method", "readiness", ("self",)),
+    Contract("vllm.engine.protocol:EngineClient.is_sleeping", "method", "readiness", ("self",)),
+    Contract("vllm.engine.protocol:EngineClient.is_paused", "method", "readiness", ("self",)),
+    Contract("vllm.v1.engine.exceptions:EngineDeadError", "class", "what check_health raises"),
+    Contract(
+        "vllm.v1.engine.async_llm:AsyncLLM.get_num_queued_tokens", "method", "served as waiting_tokens", ("self",)
+    ),
+    Contract("vllm.v1.metrics.prometheus:get_prometheus_registry", "function", "where the gauges are", ()),
+    Contract("vllm.v1.metrics.loggers", "literal", "gauge read for load", value="vllm:num_requests_running"),
+    Contract("vllm.v1.metrics.loggers", "literal", "gauge read for load", value="vllm:num_requests_waiting"),
+    Contract("vllm.v1.metrics.loggers", "literal", "gauge read for load", value="vllm:kv_cache_usage_perc"),
+)

@@ -1,0 +1,60 @@
+"""Let an engine that only waits for its KV connector sleep until something happens.
+
+vLLM steps such an engine a thousand times a second: a prefill instance with a finished prefill that nobody has
+fetched yet, or a decode instance whose only requests wait for a pull, keeps 15-90 % of a core busy in the engine
+core and again in each worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreProc
+
+
+class IdleAware(Protocol):
+    """What a connector offers to take part."""
+
+    def idle_wait_s(self, unfinished: bool) -> float:
+        """Seconds this engine may sleep now, 0 for none; ``unfinished``: some request still wants tokens."""
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        """Take a function, callable from any thread, that ends the sleep."""
+
+
+# ### PATCH START: EngineCoreProc._process_engine_step
+# Why: the connector interface has no "nothing to do until ..." answer; a connector is only asked inside steps, and
+# sleeping there would delay new requests. Here the sleep is on the engine's own input queue, so they end it.
+# The signature is unchanged and the upstream method runs first. Data-parallel engines step in lockstep and are
+# left alone.
+# Remove when: vLLM's connectors can tell the engine how long it may wait.
+_upstream_step = EngineCoreProc._process_engine_step
+
+
+def _process_engine_step(self: Any) -> bool:
+    executed: bool = _upstream_step(self)
+    if executed or type(self) is not EngineCoreProc or self.batch_queue:
+        return executed
+    connector = self.scheduler.get_kv_connector()
+    if not hasattr(connector, "idle_wait_s"):
+        return executed
+    queue = self.input_queue
+    if not getattr(self, "_suite_wake_set", False):
+        self._suite_wake_set = True
+        connector.set_wake(lambda: queue.put_nowait((EngineCoreRequestType.WAKEUP, None)))
+    seconds = connector.idle_wait_s(self.scheduler.has_unfinished_requests())
+    if seconds > 0:
+        with queue.not_empty:
+            if not queue.queue:
+                queue.not_empty.wait(seconds)
+    return executed
+
+
+def install() -> None:
+    """Put the patch in place; a second call changes nothing."""
+    EngineCoreProc._process_engine_step = _process_engine_step
+
+
+# ### PATCH END

@@ -1,0 +1,1 @@
+"""FleetSpec, local processes, the demo."""

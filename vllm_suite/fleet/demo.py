@@ -1,0 +1,188 @@
+"""`vllm-suite demo`: a real trace on a prefill and a decode engine, then on one engine, token by token equal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_suite.fleet.console import Console
+from vllm_suite.fleet.demo_spec import SERVED_NAME, DemoOptions, demo_fleet, prompt_ids, single_engine
+from vllm_suite.fleet.keeper import adopt_orphans
+from vllm_suite.fleet.keys import FleetKeys
+from vllm_suite.fleet.launch import Launch
+from vllm_suite.fleet.process import ask
+from vllm_suite.fleet.prompts import Prompt, Scale, build_prompts, fit
+from vllm_suite.fleet.replay import Answer, Settings, replay
+from vllm_suite.fleet.report import Moved, make_report, print_report
+from vllm_suite.fleet.scrape import scrape
+from vllm_suite.fleet.supervisor import Supervisor, supervise, write_atomically
+from vllm_suite.fleet.tiny import make_tiny_model
+from vllm_suite.fleet.traces import Trace, TraceError, load_trace
+from vllm_suite.fleet.up import PlanErrors, StartErrors, only_fleet_in
+from vllm_suite.provenance import provenance
+from vllm_suite.router.config import Auth
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_TEMPLATE_TOKENS = 64
+_WARM_UP_TOKENS = 200
+
+
+class DemoFailed(RuntimeError):
+    """The demo cannot go on."""
+
+
+@dataclass(frozen=True)
+class _Workload:
+    prompts: list[Prompt]
+    scale: Scale
+    settings: Settings
+    warm_up: list[Prompt]
+    keys: FleetKeys
+
+
+def run(options: DemoOptions, json_file: Path, argv: list[str]) -> int:
+    """The whole demo. 0 where every output is identical and KV moved through NIXL, 2 for a wrong trace, else 1."""
+    adopt_orphans()
+    try:
+        trace = load_trace(options.trace, options.requests, options.seed)
+    except TraceError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
+        with only_fleet_in(options.folder):
+            report = asyncio.run(_run(options, trace))
+    except (*PlanErrors, *StartErrors, DemoFailed, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except asyncio.CancelledError:
+        print("stopped by SIGTERM; nothing is left running", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    report |= provenance(argv, options.seed)
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(json_file, json.dumps(report, indent=1) + "\n")
+    print_report(report, sys.stdout)
+    verdict = "identical outputs, KV blocks moved through NIXL" if report["ok"] else "NOT what the demo is to show"
+    print(f"{verdict}; report: {json_file}")
+    return 0 if report["ok"] else 1
+
+
+async def _run(options: DemoOptions, trace: Trace) -> dict[str, Any]:
+    # SIGTERM ends the demo as Ctrl-C does: by cancelling it, so that both fleets are stopped on the way out.
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    began = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def lap(name: str, since: float) -> float:
+        seconds[name] = round(time.monotonic() - since, 2)
+        return time.monotonic()
+
+    with Console() as console:
+        model = options.model or str(make_tiny_model(options.folder / "tiny-model"))
+        fleet = demo_fleet(options, model)
+        at = lap("model", began)
+        console.say(f"starting 1 prefill, 1 decode and the router on {model}; logs in {fleet.local.log_dir}")
+        async with supervise(fleet, console.changed) as supervisor:
+            console.watch(supervisor.processes)
+            await supervisor.start()
+            at = lap("fleet_start", at)
+            work = await _workload(options, trace, supervisor)
+            console.say(f"replaying {len(work.prompts)} requests of {trace.name} through the router")
+            answers, moved = await _on_fleet(supervisor, work)
+            at = lap("fleet_replay", at)
+        at = lap("fleet_stop", at)
+        spec, launches = single_engine(fleet)
+        console.say("starting one plain engine for comparison")
+        async with Supervisor(launches, spec.local, console.changed) as single:
+            console.watch(single.processes)
+            await single.start()
+            at = lap("single_start", at)
+            expected = await _on_single(launches[0].url, work)
+            at = lap("single_replay", at)
+        lap("single_stop", at)
+    lap("total", began)
+    facts = {
+        "model": options.model or "tiny",
+        "max_tokens": options.max_tokens,
+        "trace": {
+            "name": trace.name,
+            "length_scale": round(work.scale.length, 6),
+            "time_scale": round(work.scale.time, 6),
+            "max_prompt_tokens": work.scale.max_tokens,
+        },
+        "restarts": {p.name: p.restarts for p in supervisor.processes if p.restarts},
+        "wall_seconds": seconds,
+        "commands": [p.launch.shell() for p in supervisor.processes] + [launch.shell() for launch in launches],
+    }
+    return make_report(answers, expected, moved, facts)
+
+
+async def _workload(options: DemoOptions, trace: Trace, supervisor: Supervisor) -> _Workload:
+    """Prompts that fit the window that the instances say they have."""
+    import aiohttp
+
+    async with aiohttp.ClientSession() as session:
+        states = [await ask(session, launch) for launch in _instances(supervisor)]
+    windows = [state["max_model_len"] for state in states if state and state.get("max_model_len")]
+    if not windows:
+        raise DemoFailed("no instance says how long a prompt may be")
+    longest = min(windows) - options.max_tokens - _TEMPLATE_TOKENS
+    if longest < 2:
+        raise DemoFailed(f"--max-tokens {options.max_tokens} leaves no room in a window of {min(windows)} tokens")
+    if options.model is None:
+        # A third of the window holds nine in ten prompts uncut and keeps two cores within the demo's time.
+        longest = min(longest, 1500)
+    ids = prompt_ids(options)
+    scale = fit(trace, longest, options.duration_s)
+    warm_up = [Prompt(-1, 0.0, tuple(ids[7 * i % len(ids)] for i in range(min(_WARM_UP_TOKENS, longest))))]
+    settings = Settings(model=SERVED_NAME, max_tokens=options.max_tokens)
+    return _Workload(
+        build_prompts(trace, scale, ids, options.seed), scale, settings, warm_up, FleetKeys.resolve(Auth())
+    )
+
+
+async def _on_fleet(supervisor: Supervisor, work: _Workload) -> tuple[list[Answer], Moved]:
+    import aiohttp
+
+    router = supervisor.processes[-1].launch
+    async with aiohttp.ClientSession() as session:
+        await _warm_up(router.url, work, work.keys.client)
+        before = await _moved(session, supervisor, work.keys)
+        answers = await replay(router.url, work.prompts, work.settings, key=work.keys.client)
+        return answers, (await _moved(session, supervisor, work.keys)).since(before)
+
+
+async def _on_single(url: str, work: _Workload) -> list[Answer]:
+    await _warm_up(url, work, work.keys.upstream)
+    return await replay(url, work.prompts, work.settings, key=work.keys.upstream)
+
+
+async def _warm_up(url: str, work: _Workload, key: str | None) -> None:
+    """One request that is not counted: first use of kernels, and of the connection between the instances."""
+    for answer in await replay(url, work.warm_up, work.settings, key=key):
+        if answer.error:
+            raise DemoFailed(f"the first request failed: {answer.error}")
+
+
+async def _moved(session: aiohttp.ClientSession, supervisor: Supervisor, keys: FleetKeys) -> Moved:
+    decode = [launch for launch in _instances(supervisor) if launch.role == "decode"]
+    scrapes = [await scrape(session, launch.url, keys.upstream) for launch in decode]
+    router = await scrape(session, supervisor.processes[-1].launch.url, keys.client)
+    known = [samples for samples in scrapes if samples is not None]
+    if router is None or len(known) != len(decode):
+        raise DemoFailed("the metrics of the decode instance or of the router cannot be read")
+    return Moved.read(known, router)
+
+
+def _instances(supervisor: Supervisor) -> Sequence[Launch]:
+    return [process.launch for process in supervisor.processes if process.launch.role != "router"]

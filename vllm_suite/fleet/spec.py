@@ -1,0 +1,171 @@
+"""`FleetSpec`: one file that says which instances there are and how they are started.
+
+Everything outside `local` holds wherever the fleet runs; `local` is read by `vllm-suite up` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from vllm_suite import catalog
+from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
+from vllm_suite.fleet.units import DurationMs
+from vllm_suite.router.config import RouterConfig
+
+PoolRole = Literal["prefill", "decode", "any"]
+POOL_ROLES: tuple[PoolRole, ...] = ("prefill", "decode", "any")
+
+Port = Annotated[int, Field(ge=1, le=65_535)]
+
+
+class PoolSpec(Settings):
+    """Instances of one role, all alike."""
+
+    replicas: Annotated[int, Field(ge=0, le=1024)] = Field(default=1, description="number of instances")
+    engine: EngineSpec = Field(default=EngineSpec(), description="overrides of the shared `engine`")
+    env: dict[str, str] = Field(default={}, description="overrides of the shared `env`")
+
+
+class Pools(Settings):
+    """The pools by role. A pool that is left out has no instances."""
+
+    prefill: PoolSpec | None = Field(default=None, description="compute prompts and hand their KV blocks over")
+    decode: PoolSpec | None = Field(default=None, description="pull KV blocks and generate")
+    any: PoolSpec | None = Field(default=None, description="do either, per request")
+
+    def items(self) -> Iterator[tuple[PoolRole, PoolSpec]]:
+        """Pools that are there, prefill first."""
+        for role in POOL_ROLES:
+            pool: PoolSpec | None = getattr(self, role)
+            if pool is not None:
+                yield role, pool
+
+
+class SloSpec(Settings):
+    """What a request should see. Recorded with the fleet; nothing is rejected for it."""
+
+    ttft: DurationMs | None = Field(default=None, description="time to first token, for example 300ms")
+    tpot: DurationMs | None = Field(default=None, description="time per output token after the first")
+
+
+class RestartSpec(Settings):
+    """What happens to an instance that ended without being asked to."""
+
+    enabled: bool = Field(default=True, description="start it again, on the same ports")
+    first_delay: DurationMs = Field(default=1000.0, description="before the first restart; doubles each time")
+    max_delay: DurationMs = Field(default=60_000.0, description="upper bound of that delay")
+    reset_after: DurationMs = Field(default=300_000.0, description="ready for so long: the delay starts anew")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        default=10, description="in a row without `reset_after`; then the instance stays down"
+    )
+
+    def delay_s(self, restarts: int) -> float:
+        """Seconds to wait before restart number `restarts` (from 0)."""
+        return float(min(self.max_delay, self.first_delay * 2.0 ** min(restarts, 30))) / 1000
+
+
+class LocalSpec(Settings):
+    """How `vllm-suite up` runs the fleet on this machine."""
+
+    host: str = Field(
+        default="127.0.0.1", min_length=1, description="address that instances bind and announce to each other"
+    )
+    first_port: Port = Field(default=8100, description="API port of the first instance; the others follow")
+    first_side_channel_port: Port = Field(
+        default=15600, description="NIXL side-channel port of the first instance; the others follow"
+    )
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto", description="`auto`: gpu where an NVIDIA driver answers"
+    )
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, description="indices to use; all where left out"
+    )
+    share_gpus: bool = Field(default=False, description="several instances on one GPU where there are too few")
+    cpu_threads: PositiveInt = Field(default=1, description="compute threads per instance, on CPU")
+    parallel_starts: PositiveInt | None = Field(
+        default=None, description="instances that start at the same time; one per core where left out"
+    )
+    start_timeout: DurationMs = Field(default=600_000.0, description="from the start of an instance to ready")
+    stop_timeout: DurationMs = Field(default=20_000.0, description="from SIGTERM to SIGKILL")
+    restart: RestartSpec = Field(default=RestartSpec(), description="of instances that ended by themselves")
+    log_dir: Path = Field(default=Path("build/fleet"), description="one log per instance, and the fleet's state")
+
+    @field_validator("host")
+    @classmethod
+    def _not_a_wildcard(cls, host: str) -> str:
+        if host in ("0.0.0.0", "::", "*"):
+            raise ValueError("peers cannot connect to a wildcard address; give one of this machine's own")
+        return host
+
+
+class FleetSpec(Settings):
+    """The whole fleet."""
+
+    name: str = Field(default="fleet", pattern=r"^[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?$", description="prefix of names")
+    model: str = Field(min_length=1, description="checkpoint folder or hub name")
+    served_model_name: str | None = Field(default=None, description="name in requests; `model` where left out")
+    plugins: tuple[str, ...] = Field(default=("disagg",), description="suite plugins of every instance")
+    engine: EngineSpec = Field(default=EngineSpec(), description="vLLM flags of every instance")
+    env: dict[str, str] = Field(default={}, description="environment of every instance")
+    pools: Pools = Field(description="instances by role")
+    router: RouterConfig = Field(
+        default=RouterConfig(), description="settings of the router; `up` fills membership.static"
+    )
+    slo: SloSpec = Field(default=SloSpec(), description="targets per request")
+    local: LocalSpec = Field(default=LocalSpec(), description="read by `vllm-suite up` alone")
+
+    @field_validator("plugins")
+    @classmethod
+    def _known_plugins(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return catalog.parse_selection(",".join(names))
+
+    @field_validator("router")
+    @classmethod
+    def _one_inline_key(cls, router: RouterConfig) -> RouterConfig:
+        if len(router.auth.api_keys) > 1:
+            raise ValueError("auth.api_keys: one key can be given here; put several into api_key_file")
+        return router
+
+    @model_validator(mode="after")
+    def _can_serve(self) -> FleetSpec:
+        counts = {role: pool.replicas for role, pool in self.pools.items()}
+        if not sum(counts.values()):
+            raise ValueError("pools: the fleet has no instance")
+        if not counts.get("decode") and not counts.get("any"):
+            raise ValueError("pools: prefill instances need a decode or an any instance to hand over to")
+        return self
+
+    @model_validator(mode="after")
+    def _ports_apart(self) -> FleetSpec:
+        owner: dict[int, str] = {}
+        for port, what in self.ports():
+            if port > 65_535:
+                raise ValueError(f"local: {what} would get port {port}; choose a lower first port")
+            if port in owner:
+                raise ValueError(f"port {port} is both {owner[port]} and {what}; move local.first_port, "
+                                 "local.first_side_channel_port or router.port")  # fmt: skip
+            owner[port] = what
+        return self
+
+    def instances(self) -> Iterator[tuple[str, PoolRole, PoolSpec, int, int]]:
+        """Every instance: name, role, pool, API port, first side-channel port."""
+        api, side = self.local.first_port, self.local.first_side_channel_port
+        for role, pool in self.pools.items():
+            # vLLM adds the index of the data-parallel rank to the side-channel port.
+            width = self.engine.overridden_by(pool.engine).data_parallel_size or 1
+            for index in range(pool.replicas):
+                yield f"{self.name}-{role}-{index}", role, pool, api, side
+                api, side = api + 1, side + width
+
+    def ports(self) -> Iterator[tuple[int, str]]:
+        """Every port the fleet listens on here, with what listens there (0, any free one, is left out)."""
+        if self.router.port:
+            yield self.router.port, "the router"
+        for name, _, pool, api, side in self.instances():
+            yield api, f"the API of {name}"
+            for rank in range(self.engine.overridden_by(pool.engine).data_parallel_size or 1):
+                yield side + rank, f"the side channel of {name}"

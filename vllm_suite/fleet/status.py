@@ -1,0 +1,162 @@
+"""`vllm-suite status`: roles, load and KV transfers of a running fleet, as the router and the instances tell them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_suite.fleet.scrape import Samples, scrape
+from vllm_suite.fleet.supervisor import STATE_FILE
+
+if TYPE_CHECKING:
+    import aiohttp
+    from rich.table import Table
+
+_TIMEOUT_S = 5.0
+
+
+class NoFleet(RuntimeError):
+    """There is nothing to ask; the text says what was tried."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where to ask. `control_key` opens /suite/v1 routes, `api_key` the instances' /metrics where it is asked for."""
+
+    router: str
+    control_key: str | None = None
+    api_key: str | None = None
+    log_dir: Path | None = None
+
+
+def local_router(log_dir: Path) -> str:
+    """The router of the fleet that `up` runs with that folder. Raises NoFleet."""
+    for process in local_processes(log_dir):
+        if process.get("role") == "router" and process.get("state") not in ("stopped", "failed"):
+            return str(process["url"])
+    raise NoFleet(f"no running fleet in {log_dir}; start one with `vllm-suite up` or give --url")
+
+
+def local_processes(log_dir: Path) -> list[dict[str, Any]]:
+    """What `up` last wrote of its processes; empty where it wrote nothing."""
+    try:
+        state = json.loads((log_dir / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return list(state.get("processes", []))
+
+
+async def snapshot(session: aiohttp.ClientSession, source: Source) -> dict[str, Any]:
+    """One look at the fleet, JSON types throughout. Raises NoFleet where the router gives no answer.
+
+    Per instance: what the router lists, `metrics` (None where its /metrics gave no answer), and for a fleet
+    of this machine `state` and `restarts`. `ok` is true where there is an instance and all are ready.
+    """
+    listed = await _instances(session, source)
+    scrapes = await asyncio.gather(*(scrape(session, row["url"], source.api_key) for row in listed))
+    processes = local_processes(source.log_dir) if source.log_dir else []
+    local = {row["url"]: row for row in processes if row["role"] != "router"}
+    rows: list[dict[str, Any]] = []
+    for row, samples in zip(listed, scrapes, strict=True):
+        known = local.pop(row["url"], {})
+        extra = {key: value for key, value in known.items() if key in ("state", "restarts")}
+        rows.append({**row, **extra, "metrics": transfers(samples) if samples else None})
+    # The router forgets what does not answer; the processes say what became of it.
+    for lost in local.values():
+        if lost["state"] != "stopped":
+            rows.append({"instance_id": lost["name"], "ready": False, "metrics": None, **lost})
+    rows.sort(key=lambda row: (row["role"], row["instance_id"]))
+    return {
+        "router": source.router,
+        "time": time.time(),
+        "ok": bool(rows) and all(row["ready"] for row in rows),
+        "instances": rows,
+    }
+
+
+def transfers(samples: Samples) -> dict[str, Any]:
+    """What an instance counted of KV transfers since its start."""
+    return {
+        "kv_pulls": samples.by("vllm_suite_kv_pulls_total", "outcome"),
+        "kv_bytes_in": samples.total("vllm_suite_kv_pull_bytes_total", direction="in"),
+        "kv_bytes_out": samples.total("vllm_suite_kv_pull_bytes_total", direction="out"),
+        "kv_recomputes": samples.by("vllm_suite_kv_recomputes_total", "reason"),
+        "kv_refused": samples.by("vllm_suite_kv_refused_total", "reason"),
+        "kv_leases_outstanding": samples.total("vllm_suite_kv_leases_outstanding"),
+        "kv_leases_ended": samples.by("vllm_suite_kv_leases_total", "end"),
+    }
+
+
+async def _instances(session: aiohttp.ClientSession, source: Source) -> list[dict[str, Any]]:
+    import aiohttp
+
+    headers = {"Authorization": f"Bearer {source.control_key}"} if source.control_key else {}
+    url = source.router + "/suite/v1/instances"
+    try:
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        async with session.get(url, headers=headers, timeout=timeout) as response:
+            if response.status == 401:
+                raise NoFleet(f"{url} asks for a key: set VLLM_SUITE_CONTROL_KEY")
+            if response.status != 200:
+                raise NoFleet(f"{url} answered HTTP {response.status}")
+            body = await response.json()
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        raise NoFleet(f"{url} gives no answer: {error}") from error
+    return list(body["instances"])
+
+
+def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+    """The snapshot for the screen; with an earlier one, transfer rates over the time between."""
+    from rich.table import Table
+
+    result = Table(title=f"{now['router']}", title_justify="left", show_edge=False)
+    result.add_column("instance")
+    result.add_column("role")
+    result.add_column("state")
+    for name in ("running", "waiting", "KV used", "in router", "pulls", "in", "out", "MB/s", "recomputed", "leases"):
+        result.add_column(name, justify="right")
+    earlier = {row["instance_id"]: row for row in before["instances"]} if before else {}
+    for row in now["instances"]:
+        metrics = row["metrics"]
+        cells = [""] * 6
+        if metrics is not None:
+            old = (earlier.get(row["instance_id"]) or {}).get("metrics")
+            rate = ""
+            if old and before:
+                # A restarted instance counts from zero again.
+                moved = max(0.0, _bytes(metrics) - _bytes(old))
+                rate = f"{moved / 1e6 / max(1e-9, now['time'] - before['time']):.1f}"
+            cells = [
+                f"{metrics['kv_pulls'].get('ok', 0):.0f}",
+                f"{metrics['kv_bytes_in'] / 1e6:.1f} MB",
+                f"{metrics['kv_bytes_out'] / 1e6:.1f} MB",
+                rate,
+                f"{sum(metrics['kv_recomputes'].values()):.0f}",
+                f"{metrics['kv_leases_outstanding']:.0f}",
+            ]
+        result.add_row(row["instance_id"], row["role"], _state(row), *_load(row), *cells)
+    return result
+
+
+def _bytes(metrics: dict[str, Any]) -> float:
+    return float(metrics["kv_bytes_in"] + metrics["kv_bytes_out"])
+
+
+def _state(row: dict[str, Any]) -> str:
+    text = "[green]ready[/]" if row["ready"] else f"[red]{row.get('state', 'not ready')}[/]"
+    return text + (f", restarts: {row['restarts']}" if row.get("restarts") else "")
+
+
+def _load(row: dict[str, Any]) -> list[str]:
+    load = row.get("load") or {}
+    usage = load.get("kv_usage")
+    return [
+        str(load.get("running", "")),
+        str(load.get("waiting", "")),
+        "" if usage is None else f"{100 * usage:.0f} %",
+        str(row.get("outstanding_requests", "")),
+    ]

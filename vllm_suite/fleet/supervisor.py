@@ -1,0 +1,232 @@
+"""Keeps a fleet's processes running: staggered start, restart with back-off, a stop that leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from vllm_suite.fleet.launch import Launch, plan_instances, plan_router, router_config
+from vllm_suite.fleet.process import Ended, FleetProcess, PortTaken, ask, check_ports, ready_members
+from vllm_suite.fleet.spec import FleetSpec, LocalSpec
+
+if TYPE_CHECKING:
+    import aiohttp
+
+STATE_FILE = "fleet.json"
+_KNOWN_S = 30.0
+OnChange = Callable[[FleetProcess, str], None]
+"""Called with a process whose state changed and a few words on why."""
+
+
+class StartFailed(RuntimeError):
+    """A process did not become ready; the text ends with the last lines of its log."""
+
+
+class Supervisor:
+    """Runs `launches`; an async context manager that stops them all on the way out.
+
+    `broken` is set once the fleet cannot serve any more: the router stays down, or all that could decode do.
+    """
+
+    def __init__(
+        self,
+        launches: Sequence[Launch],
+        local: LocalSpec,
+        on_change: OnChange | None = None,
+    ) -> None:
+        self.local = local
+        self.processes = [FleetProcess(launch, local.stop_timeout / 1000) for launch in launches]
+        self.broken = asyncio.Event()
+        self._on_change = on_change
+        # Importing vLLM keeps one core busy, so more starts at once than cores only slow each other down.
+        self._slots = asyncio.Semaphore(local.parallel_starts or len(os.sched_getaffinity(0)))
+        self._tasks: list[asyncio.Task[None]] = []
+        self._session: aiohttp.ClientSession | None = None
+        self._stopping = False
+
+    async def __aenter__(self) -> Self:
+        import aiohttp
+
+        self._session = aiohttp.ClientSession()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+        if self._session is not None:
+            await self._session.close()
+
+    async def start(self) -> None:
+        """Start everything and wait until all are ready.
+
+        Raises PortTaken before anything is started, StartFailed for the first process that fails.
+        """
+        check_ports(process.launch for process in self.processes)
+        first = [asyncio.get_running_loop().create_future() for _ in self.processes]
+        for process, ready in zip(self.processes, first, strict=True):
+            self._tasks.append(asyncio.create_task(self._keep(process, ready), name=process.name))
+        try:
+            await asyncio.gather(*first)
+        finally:
+            for future in first:
+                future.cancel()
+        await self._all_known()
+
+    async def _all_known(self) -> None:
+        """Until each router knows every instance: a request before that would take another path."""
+        assert self._session is not None
+        instances = sum(process.launch.role != "router" for process in self.processes)
+        for process in self.processes:
+            if process.launch.role != "router":
+                continue
+            try:
+                async with asyncio.timeout(_KNOWN_S):
+                    while len(ready_members(await ask(self._session, process.launch))) < instances:
+                        await asyncio.sleep(0.1)
+            except TimeoutError as error:
+                raise StartFailed(
+                    f"{process.name} did not find all instances within {_KNOWN_S:g} s\n{process.log_tail()}"
+                ) from error
+
+    async def stop(self) -> None:
+        """Stop the routers, then the instances; nothing they started is left. Safe to call twice."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        for routers in (True, False):
+            group = [p for p in self.processes if (p.launch.role == "router") == routers]
+            await asyncio.gather(*(self._stop_one(process) for process in group))
+
+    def kill(self) -> None:
+        """Cut a running `stop` short: what still runs is killed."""
+        for process in self.processes:
+            process.terminate()
+
+    def find(self, name: str) -> FleetProcess:
+        """The process of that name. Raises KeyError."""
+        for process in self.processes:
+            if process.name == name:
+                return process
+        raise KeyError(name)
+
+    async def _stop_one(self, process: FleetProcess) -> None:
+        if process.running:
+            self._change(process, "stopping", "")
+            await process.stop()
+        if process.state not in ("failed", "stopped"):
+            self._change(process, "stopped", "")
+
+    async def _keep(self, process: FleetProcess, first: asyncio.Future[None]) -> None:
+        """Start, watch and restart one process until the fleet stops."""
+        policy = self.local.restart
+        in_a_row = 0
+        while True:
+            problem = await self._start_once(process)
+            if problem is None:
+                if not first.done():
+                    first.set_result(None)
+                code = await process.wait()
+                problem = f"ended with status {code}"
+                if process.ready_at and time.monotonic() - process.ready_at > policy.reset_after / 1000:
+                    in_a_row = 0
+            if not first.done():
+                # A first start that fails is a wrong setting far more often than bad luck.
+                self._change(process, "failed", problem)
+                tail = process.log_tail()
+                first.set_exception(StartFailed(f"{process.name}: {problem}\n--- {process.launch.log}\n{tail}"))
+                return
+            if first.cancelled() or not policy.enabled or in_a_row >= policy.max_restarts:
+                self._change(process, "failed", problem)
+                if not self._can_serve():
+                    self.broken.set()
+                return
+            delay = policy.delay_s(in_a_row)
+            in_a_row += 1
+            process.restarts += 1
+            self._change(process, "restarting", f"{problem}; restart {process.restarts} in {delay:g} s")
+            await asyncio.sleep(delay)
+
+    async def _start_once(self, process: FleetProcess) -> str | None:
+        """Returns None when the process is ready, else what went wrong; it does not run then."""
+        assert self._session is not None
+        # The router is light; it must not wait for a slot behind the instances it waits for.
+        slot = contextlib.nullcontext() if process.launch.role == "router" else self._slots
+        timeout_s = self.local.start_timeout / 1000
+        async with slot:
+            try:
+                await process.start(fresh_log=process.restarts == 0)
+                self._change(process, "starting", "")
+                await process.wait_ready(self._session, timeout_s)
+            except (Ended, PortTaken) as error:
+                return str(error)
+            except TimeoutError:  # before OSError, of which it is one
+                await process.stop()
+                return f"not ready after {timeout_s:g} s"
+            except OSError as error:
+                return f"cannot be started: {error}"
+        assert process.ready_at is not None
+        self._change(process, "ready", f"in {process.ready_at - process.started_at:.1f} s")
+        return None
+
+    def _can_serve(self) -> bool:
+        routers = [p.state != "failed" for p in self.processes if p.launch.role == "router"]
+        decoders = [p.state != "failed" for p in self.processes if p.launch.role in ("decode", "any")]
+        return all(routers) and (any(decoders) or not decoders)
+
+    def _change(self, process: FleetProcess, state: Any, why: str) -> None:
+        process.state = state
+        self._write_state()
+        if self._on_change is not None:
+            self._on_change(process, why)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """What is known of each process, as JSON types."""
+        return [
+            {
+                "name": process.name,
+                "role": process.launch.role,
+                "url": process.launch.url,
+                "state": process.state,
+                "restarts": process.restarts,
+                "exit_code": process.exit_code,
+                "pids": process.pids(),
+                "log": str(process.launch.log),
+            }
+            for process in self.processes
+        ]
+
+    def _write_state(self) -> None:
+        path = self.local.log_dir / STATE_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"pid": os.getpid(), "processes": self.snapshot()}, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's content in one step, for readers at any time."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def plan(spec: FleetSpec) -> list[Launch]:
+    """Every process of the fleet, the router last. Raises DeviceError, FileNotFoundError, KeyFileError."""
+    instances = plan_instances(spec)
+    return [*instances, plan_router(spec, instances)]
+
+
+def supervise(spec: FleetSpec, on_change: OnChange | None = None) -> Supervisor:
+    """A supervisor for the whole fleet; writes the router's configuration. Errors as `plan`."""
+    launches = plan(spec)
+    spec.local.log_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(spec.local.log_dir / "router.yaml", router_config(spec, launches[:-1]))
+    return Supervisor(launches, spec.local, on_change)

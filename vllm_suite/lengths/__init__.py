@@ -1,0 +1,1 @@
+"""Output-length distributions learned online. Not landed yet."""

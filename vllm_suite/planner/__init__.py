@@ -1,0 +1,1 @@
+"""Simulator and plan search. Not landed yet."""

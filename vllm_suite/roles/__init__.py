@@ -1,0 +1,1 @@
+"""The role state machine and its controller. Not landed yet."""

@@ -1,0 +1,1 @@
+"""The router: OpenAI routes in front of prefill and decode pools."""

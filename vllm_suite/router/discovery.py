@@ -1,0 +1,79 @@
+"""Where instances may be: addresses only. Who is there, and whether it is ready, `membership` asks itself."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from vllm_suite.router.config import DnsTarget, Membership, Role, StaticTarget
+
+
+class Target(NamedTuple):
+    """An address to ask and the role to assume where the answer says `any`."""
+
+    url: str
+    role: Role
+
+
+class DiscoveryError(Exception):
+    """The source could not be asked this time; the last answer stays in force."""
+
+
+class Discovery(Protocol):
+    """A source of addresses.
+
+    `Membership` calls `targets` once at start and then every `interval_s` seconds (never again where that is
+    None) and begins or ends the polling of addresses that came or went. A Kubernetes EndpointSlice watch fits
+    behind the same two names.
+    """
+
+    interval_s: float | None
+
+    async def targets(self) -> frozenset[Target]:
+        """All addresses now. Raises `DiscoveryError`."""
+        ...
+
+
+class StaticDiscovery:
+    """The addresses of the settings."""
+
+    interval_s: float | None = None
+
+    def __init__(self, targets: Iterable[StaticTarget]) -> None:
+        self._targets = frozenset(Target(target.url, target.role) for target in targets)
+
+    async def targets(self) -> frozenset[Target]:
+        return self._targets
+
+
+class DnsDiscovery:
+    """The A records of one name, resolved again and again."""
+
+    def __init__(self, target: DnsTarget, interval_s: float) -> None:
+        self.interval_s: float | None = interval_s
+        self._target = target
+        self._timeout_s = max(interval_s, 1.0)
+
+    async def targets(self) -> frozenset[Target]:
+        target = self._target
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                found = await asyncio.get_running_loop().getaddrinfo(
+                    target.host, target.port, family=socket.AF_INET, type=socket.SOCK_STREAM
+                )
+        except socket.gaierror as exc:
+            if exc.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
+                return frozenset()
+            raise DiscoveryError(f"{target.host}: {exc.strerror}") from exc
+        except OSError as exc:  # TimeoutError among them
+            raise DiscoveryError(f"{target.host}: {exc or 'timed out'}") from exc
+        return frozenset(Target(f"{target.scheme}://{address[4][0]}:{target.port}", target.role) for address in found)
+
+
+def discoveries(settings: Membership) -> list[Discovery]:
+    """The sources that the settings name."""
+    found: list[Discovery] = [StaticDiscovery(settings.static)] if settings.static else []
+    found += [DnsDiscovery(target, settings.dns_interval_s) for target in settings.dns]
+    return found

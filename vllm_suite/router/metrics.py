@@ -1,0 +1,147 @@
+"""Every series of the router in one table.
+
+The event loop is the only writer, so counts live in plain dictionaries without locks and become Prometheus
+families at the scrape. That makes an increment some ten times cheaper, and an instance that left leaves no series.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from vllm_suite.router.members import Pool
+
+PREFIX = "vllm_suite_router_"
+
+
+class _Series(NamedTuple):
+    name: str
+    help: str
+    labels: tuple[str, ...]
+
+
+COUNTERS = (
+    _Series("requests", "Requests answered, by status code", ("endpoint", "code")),
+    _Series("decisions", "Whether prefill ran on another instance, and why", ("path", "reason")),
+    _Series("picks", "Instances chosen", ("stage", "instance")),
+    _Series("recoveries", "Steps taken after a failure", ("step", "reason")),
+    _Series("upstream_errors", "Failed attempts on instances", ("stage", "kind")),
+    _Series("timeouts", "Deadlines passed", ("stage",)),
+    _Series("stream_errors", "Answers that broke off after their first byte", ("reason",)),
+    _Series("client_disconnects", "Clients that left before the end", ("stage",)),
+    _Series("rejected", "Requests refused by the router itself", ("reason",)),
+    _Series("stripped", "Fields and headers from outside that were not let through", ("what",)),
+    _Series("waits", "Requests that waited for a ready instance", ("outcome",)),
+    _Series("membership_events", "Changes of membership", ("event",)),
+)
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BOUNDS = (*(repr(bound) for bound in _SECONDS), "+Inf")
+
+HISTOGRAMS = (
+    _Series("request_seconds", "From the whole request read to the whole answer written", ("path",)),
+    _Series("first_byte_seconds", "From the whole request read to the first byte of the answer", ("path",)),
+    _Series("prefill_seconds", "Prefill attempts that gave a reference", ()),
+)
+
+GAUGES = (
+    _Series("instances", "Members by role and readiness", ("role", "ready")),
+    _Series("outstanding_requests", "Requests the router has running on an instance", ("instance", "role")),
+    _Series("outstanding_tokens", "Tokens estimated for them", ("instance", "role")),
+    _Series("history_chunks", "Prompt chunks remembered of an instance", ("instance",)),
+    _Series("requests_in_flight", "Requests inside the router", ()),
+    _Series("draining", "1 after SIGTERM", ()),
+    _Series("min_prompt_tokens", "Uncached prompt length from which prefill is disaggregated", ()),
+    _Series("bytes_per_token", "Learned length of a token in text prompts", ()),
+)
+
+
+class Live:
+    """Numbers that gauges read at the scrape."""
+
+    def __init__(self, min_prompt_tokens: int, bytes_per_token: float) -> None:
+        self.requests_in_flight = 0
+        self.draining = False
+        self.min_prompt_tokens = min_prompt_tokens
+        self.bytes_per_token = bytes_per_token
+
+
+class RouterMetrics(Collector):
+    """What one router counts, and its registry."""
+
+    def __init__(self, pool: Pool, live: Live) -> None:
+        self.registry = CollectorRegistry()
+        self._pool = pool
+        self._live = live
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._observed: dict[tuple[str, ...], _Observed] = {}
+        self.registry.register(self)
+
+    def count(self, *key: str) -> None:
+        """Add one to a counter of `COUNTERS`: its name, then labels in the table's order."""
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    def observe(self, seconds: float, *key: str) -> None:
+        """Add an observation to a histogram of `HISTOGRAMS`: its name, then labels."""
+        observed = self._observed.get(key)
+        if observed is None:
+            observed = self._observed[key] = _Observed()
+        observed.counts[bisect_left(_SECONDS, seconds)] += 1
+        observed.total += seconds
+
+    def member_event(self, event: str) -> None:
+        """Count a change of membership, and drop the counts of instances that are gone."""
+        self.count("membership_events", event)
+        if event == "forgotten":
+            known = {member.instance_id for member in self._pool.members}
+            for key in [key for key in self._counts if key[0] == "picks" and key[2] not in known]:
+                del self._counts[key]
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry at each scrape."""
+        counters = {
+            series.name: CounterMetricFamily(PREFIX + series.name, series.help, labels=series.labels)
+            for series in COUNTERS
+        }
+        for key, count in self._counts.items():
+            counters[key[0]].add_metric(key[1:], count)
+        histograms = {
+            series.name: HistogramMetricFamily(PREFIX + series.name, series.help, labels=series.labels)
+            for series in HISTOGRAMS
+        }
+        for key, observed in self._observed.items():
+            sums = accumulate(observed.counts)
+            buckets = [(bound, float(total)) for bound, total in zip(_BOUNDS, sums, strict=True)]
+            histograms[key[0]].add_metric(key[1:], buckets, observed.total)
+        return [*counters.values(), *histograms.values(), *self._gauges().values()]
+
+    def _gauges(self) -> dict[str, GaugeMetricFamily]:
+        families = {
+            series.name: GaugeMetricFamily(PREFIX + series.name, series.help, labels=series.labels) for series in GAUGES
+        }
+        counts: dict[tuple[str, str], int] = {}
+        for member in self._pool.members:
+            state = (member.role, "true" if member.ready else "false")
+            counts[state] = counts.get(state, 0) + 1
+            where = (member.instance_id, member.role)
+            families["outstanding_requests"].add_metric(where, member.outstanding_requests)
+            families["outstanding_tokens"].add_metric(where, member.outstanding_tokens)
+            families["history_chunks"].add_metric(where[:1], len(member.history))
+        for labels, count in counts.items():
+            families["instances"].add_metric(labels, count)
+        for name in ("requests_in_flight", "draining", "min_prompt_tokens", "bytes_per_token"):
+            families[name].add_metric((), float(getattr(self._live, name)))
+        return families
+
+
+class _Observed:
+    def __init__(self) -> None:
+        self.counts = [0] * len(_BOUNDS)
+        self.total = 0.0

@@ -1,0 +1,84 @@
+"""One HTTP call to an instance, with every way it can fail turned into `UpstreamFailure` or `StageTimeout`."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from vllm_suite.router.config import RouterConfig
+from vllm_suite.router.errors import StageTimeout, UpstreamFailure
+from vllm_suite.router.guard import Guard
+
+# uvicorn, in front of every vLLM, closes idle connections after 5 s; a request written to a connection that is
+# just being closed is lost.
+KEEPALIVE_S = 4.0
+# Larger bodies go out in pieces, so that one long prompt does not hold the event loop.
+_WHOLE_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
+
+# Everything the client library raises for a call that came to nothing, and the watchdog's cancellation.
+CLIENT_ERRORS = (
+    asyncio.CancelledError,
+    aiohttp.ClientError,
+    aiohttp.http_exceptions.HttpProcessingError,
+    OSError,
+)
+
+
+def open_session(config: RouterConfig) -> aiohttp.ClientSession:
+    """The client session of a router: no pool limit, no cookies, no automatic headers, no decompression."""
+    connector = aiohttp.TCPConnector(
+        limit=0,
+        ttl_dns_cache=10,
+        keepalive_timeout=KEEPALIVE_S,
+    )
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.timeouts.connect_s),
+        read_bufsize=_READ_BYTES,
+        max_line_size=65_536,
+        max_field_size=65_536,
+    )
+
+
+def translate(exc: BaseException, guard: Guard) -> StageTimeout | UpstreamFailure | None:
+    """What an exception of the client library means; None for a real cancellation, which must be raised on.
+
+    Messages leave out the host and port that the library's own carry: they are no business of the client.
+    """
+    if isinstance(exc, asyncio.CancelledError):
+        return guard.timeout()
+    if isinstance(exc, aiohttp.ConnectionTimeoutError):
+        return StageTimeout("connect")
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        return UpstreamFailure("connect", "cannot connect to the instance")
+    if isinstance(exc, (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError)):
+        return UpstreamFailure("disconnect", "the instance closed the connection")
+    return UpstreamFailure("protocol", "the instance did not speak HTTP")
+
+
+async def send(
+    session: aiohttp.ClientSession, url: URL, body: bytes, headers: CIMultiDict[str]
+) -> aiohttp.ClientResponse:
+    """POST and wait for the response's head. Raises what `CLIENT_ERRORS` lists, for `translate`."""
+    data = body if len(body) <= _WHOLE_BYTES else io.BytesIO(body)
+    return await session.post(url, data=data, headers=headers, allow_redirects=False)
+
+
+async def read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body. Raises `UpstreamFailure` where it is longer than `limit` bytes."""
+    pieces: list[bytes] = []
+    size = 0
+    while piece := await response.content.readany():
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise UpstreamFailure("protocol", "the instance's answer is too long")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
