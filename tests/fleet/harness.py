@@ -102,7 +102,9 @@ class Fleet:
 
     def signal(self, role: str, sig: int) -> None:
         """Send ``sig`` to every process of the instance, workers included."""
-        for pid in self.member(role)["pids"]:
+        member = self.member(role)
+        assert member["state"] == "ready", f"the process ids of {role} are of another life: {member}"
+        for pid in member["pids"]:
             for victim in [pid, *descendants(pid)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, sig)
@@ -165,11 +167,14 @@ class Fleet:
         return None
 
     async def ready(self, role: str, former_epoch: str | None = None, timeout_s: float = 180.0) -> None:
-        """The router counts the instance of that role as ready, in another life than ``former_epoch``."""
+        """The router counts the instance of that role as ready, in another life than ``former_epoch``.
+
+        So does the supervisor, which asks on its own: only then are the process ids that it wrote of this life.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             epoch = await self.epoch(role)
-            if epoch is not None and epoch != former_epoch:
+            if epoch is not None and epoch != former_epoch and self.member(role)["state"] == "ready":
                 return
             assert time.monotonic() < deadline, f"no ready {role} after {timeout_s:.0f} s"
             await asyncio.sleep(0.25)
