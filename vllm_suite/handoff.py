@@ -44,6 +44,13 @@ class Refusal(StrEnum):
     PEER_DEAD = "peer_dead"  # the producer failed recently and is not asked again yet
     LEASE_LOST = "lease_lost"  # claimed, but no longer surely held when its turn came
     ABANDONED = "abandoned"  # the request ended before the reference was needed
+    WRONG_SHAPE = "wrong_shape"  # rows, width, dtype or byte count differ from what the request needs
+    BAD_CHECKSUM = "bad_checksum"  # the bytes that arrived are not those that were made
+    NON_FINITE = "non_finite"  # NaN or infinity in the data
+    TOO_LARGE = "too_large"  # larger than the receiver's whole pool
+    NO_ROOM = "no_room"  # the receiver's pool stayed full until the deadline
+    READ_FAILED = "read_failed"  # the transfer failed or missed its deadline
+    NOT_STORED = "not_stored"  # the producer made it and could not keep it
 
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,233 @@
+"""Wire format of encoder outputs between instances: references, and the messages of the item channel.
+
+A producer (an instance that runs the vision or audio encoder) keeps each encoder output ("item") in a pool of its
+own and serves it over one TCP port: msgpack messages behind a 4-byte length, one connection per consumer. The bytes
+of an item travel by NIXL, read by the consumer from the producer's pool; the channel carries facts and leases only.
+A router speaks the same channel to ask which items are still kept.
+
+What one stage gives the next is a dictionary under vLLM's ``ec_transfer_params``, keyed by the item's identifier
+(vLLM's ``mm_hash``)::
+
+    {identifier: {"suite": <Handoff>,                     # encoded; or instead of it
+                  "suite_pending": <Pending>,             # being encoded by one of these producers
+                  "metadata": {...}, "item_indices": [...]}}   # vLLM's own fields
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import struct
+from typing import Any
+
+import msgspec
+
+from vllm_suite.handoff import Handoff, digest
+
+ITEM_KEY = "suite"
+PENDING_KEY = "suite_pending"
+ERROR_KEY = "suite_error"
+
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_KEYS = 4096
+_LENGTH = struct.Struct("!I")
+
+
+class Where(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One producer that may have, or soon have, an item."""
+
+    producer: str
+    epoch: str
+    host: str
+    port: int
+
+
+class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An item that is being encoded while its request already runs.
+
+    Attributes:
+        identifier: the item's identifier on every instance.
+        candidates: producers to ask, in this order; the next is asked when one fails or does not know the item.
+        wait_s: seconds from the request's arrival until the consumer gives up.
+        mac: HMAC-SHA256 over the other fields by whoever routed the request, "" without a fleet key.
+    """
+
+    identifier: str
+    candidates: tuple[Where, ...]
+    wait_s: float
+    mac: str = ""
+
+    def signed(self, key: bytes | None) -> Pending:
+        """The same with its signature, or unsigned where ``key`` is None."""
+        return msgspec.structs.replace(self, mac=self._mac(key) if key else "")
+
+    def right_signature(self, key: bytes | None) -> bool:
+        """Whether the signature is right, or no key is set."""
+        return key is None or hmac.compare_digest(self._mac(key), self.mac)
+
+    def _mac(self, key: bytes) -> str:
+        fields = [self.identifier, [list(msgspec.structs.astuple(c)) for c in self.candidates], self.wait_s]
+        return hmac.new(key, msgspec.json.encode(fields), hashlib.sha256).hexdigest()
+
+
+def item_content(identifier: str) -> str:
+    """The ``content`` of an item's `Handoff`."""
+    return digest("ec-item", identifier)
+
+
+def item_location(identifier: str, host: str, port: int) -> str:
+    """The ``location`` of an item's `Handoff`."""
+    return digest("ec-location", identifier, host, str(port))
+
+
+def hello_mac(key: bytes | None, nonce: bytes, name: str) -> bytes:
+    """What proves to a producer that ``name`` knows the fleet key; empty without a key."""
+    return hmac.new(key, b"ec-hello" + nonce + name.encode(), hashlib.sha256).digest() if key else b""
+
+
+# --- consumer or router to producer ---
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
+    """First message. ``mac`` is `hello_mac` over the challenge's nonce."""
+
+    seq: int
+    name: str
+    mac: bytes
+
+
+class Claim(msgspec.Struct, frozen=True, tag="claim", forbid_unknown_fields=True):
+    """Pin one item for reading.
+
+    Attributes:
+        ref: the whole reference, or None for an item named by a `Pending`.
+        producer, epoch: the life that the sender expects to answer.
+        model, layout: the sender's own digests; the producer compares them with its own.
+        rows: embedding rows that the sender needs.
+        wait_s: how long the producer may wait for an item that it does not have yet (0: answer at once).
+        hold_s: seconds the item stays pinned after the answer.
+    """
+
+    seq: int
+    identifier: str
+    ref: Handoff | None
+    producer: str
+    epoch: str
+    model: str
+    layout: str
+    rows: int
+    wait_s: float
+    hold_s: float
+
+
+class Release(msgspec.Struct, frozen=True, tag="release", forbid_unknown_fields=True):
+    """The item has been read (``ok``), or will not be."""
+
+    seq: int
+    claim: int
+    ok: bool
+
+
+class Probe(msgspec.Struct, frozen=True, tag="probe", forbid_unknown_fields=True):
+    """Which of these items are kept? Those that are stay for at least ``hold_s`` seconds from now."""
+
+    seq: int
+    identifiers: tuple[str, ...]
+    hold_s: float
+
+
+# --- producer to consumer or router ---
+
+
+class Challenge(msgspec.Struct, frozen=True, tag="challenge", forbid_unknown_fields=True):
+    """Sent by the producer when a connection opens."""
+
+    nonce: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome", forbid_unknown_fields=True):
+    """Answer to `Hello`: who this is, and its NIXL agent's metadata."""
+
+    seq: int
+    producer: str
+    epoch: str
+    model: str
+    layout: str
+    agent: str
+    agent_metadata: bytes
+
+
+class Granted(msgspec.Struct, frozen=True, tag="granted", forbid_unknown_fields=True):
+    """The item is pinned. Rows are contiguous over the runs, row-major ``[rows, width]``.
+
+    Attributes:
+        claim: names this pin in `Release`.
+        dtype: torch's name without the prefix, for example ``bfloat16``.
+        size: bytes in all.
+        seed, checksum: see ``vllm_epd.checksum``.
+        runs: address and bytes of each piece of the item in the producer's memory, in order.
+        memory, device: NIXL's memory kind (``DRAM`` or ``VRAM``) and device index.
+        hold_s: seconds the pin lasts, as granted.
+    """
+
+    seq: int
+    claim: int
+    rows: int
+    width: int
+    dtype: str
+    size: int
+    seed: int
+    checksum: bytes
+    runs: tuple[tuple[int, int], ...]
+    memory: str
+    device: int
+    hold_s: float
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
+    """Answer to anything that is not granted; ``refusal`` is a `vllm_suite.handoff.Refusal` value."""
+
+    seq: int
+    refusal: str
+
+
+class Kept(msgspec.Struct, frozen=True, tag="kept", forbid_unknown_fields=True):
+    """Answer to `Probe`: a reference for each item that is kept."""
+
+    seq: int
+    refs: dict[str, Handoff]
+
+
+Request = Hello | Claim | Release | Probe
+Answer = Challenge | Welcome | Granted | Refused | Kept
+
+_encoder = msgspec.msgpack.Encoder()
+request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+class BadMessage(ValueError):
+    """The peer sent something that is no message of this channel."""
+
+
+def frame(message: Request | Answer) -> bytes:
+    """``message`` as bytes for the wire."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
+    """Next message.
+
+    Raises:
+        BadMessage: too long, or not what ``decoder`` expects.
+        asyncio.IncompleteReadError: the peer closed the connection.
+    """
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    try:
+        return decoder.decode(await reader.readexactly(length))
+    except msgspec.MsgspecError as error:
+        raise BadMessage(str(error)) from error
