@@ -137,8 +137,11 @@ async def test_a_restarted_instance_is_known_by_its_new_epoch(fleet: Fleet) -> N
     before = await epochs()
     epoch = await fleet.epoch("prefill")
     fleet.signal("prefill", signal.SIGKILL)
-    await asyncio.sleep(2.5)
-    assert not any("prefill" in name for name in await epochs()), "a vanished instance is forgotten within 2 s"
+    begun = time.monotonic()
+    while any("prefill" in name for name in await epochs()):
+        # `forget_after_s` is 2; the rest is for two cores that start an engine at the same time.
+        assert time.monotonic() - begun < 8, "a vanished instance is still known"
+        await asyncio.sleep(0.1)
     await fleet.ready("prefill", epoch)
     after = await epochs()
     assert set(after) == set(before)
