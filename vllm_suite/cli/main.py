@@ -14,7 +14,7 @@ from typing import Protocol, cast
 
 from vllm_suite import __version__
 
-VERBS = ("doctor", "demo", "up", "status", "router", "swiftkv")
+VERBS = ("doctor", "demo", "up", "status", "router", "swiftkv", "epd")
 
 EXIT_BAD_ARGUMENTS = 2
 EXIT_INTERRUPTED = 130
