@@ -59,6 +59,16 @@ class EngineSpec(Settings):
     kv_transfer_config: dict[str, Any] | None = Field(
         default=None, description="in place of the one that the disagg plugin sets"
     )
+    ec_transfer_config: dict[str, Any] | None = Field(
+        default=None, description="in place of the one that the epd plugin sets"
+    )
+    ec_manager_config: dict[str, Any] | None = Field(
+        default=None, description="in place of the one that the epd plugin sets"
+    )
+    limit_mm_per_prompt: dict[str, Any] | None = Field(
+        default=None, description="images, videos and audio clips of one request, for example {image: 16}"
+    )
+    mm_processor_kwargs: dict[str, Any] | None = Field(default=None, description="of the model's media processor")
     additional_config: dict[str, Any] | None = Field(default=None, description="read by plugins")
     args: tuple[str, ...] = Field(default=(), description="any other flags, as on the command line")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -18,9 +19,11 @@ from vllm_suite.catalog import ENV_PLUGINS
 from vllm_suite.fleet.devices import DeviceError, assign, visible_gpus
 from vllm_suite.fleet.engine import EngineSpec
 from vllm_suite.fleet.keys import ENV_CLIENT_KEY, ENV_CONTROL_KEY, ENV_UPSTREAM_KEY, ENV_VLLM_KEY, FleetKeys
-from vllm_suite.fleet.spec import FleetSpec, PoolRole, PoolSpec
+from vllm_suite.fleet.spec import FleetSpec, Placed, PoolRole
 from vllm_suite.identity import ENV_INSTANCE_ID, ENV_ROLE
 from vllm_suite.router.config import Membership, StaticTarget
+
+_MEDIA_WORDS = ("vision", "visual", "audio", "image", "img", "video", "mm_")
 
 Ready = Literal["state", "health", "router"]
 """How readiness is asked: /suite/v1/state, /health of a plain vLLM, /suite/v1/instances of the router."""
@@ -30,6 +33,10 @@ _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_CPU_KVCACHE_SPACE", ENV_PLUGINS, ENV_INSTANCE_ID, ENV_ROLE)
 _CPU_KV_CACHE_BYTES = 2**30  # vLLM's default is a share of the machine's memory, for each instance
 _SHARED_GPU_MEMORY = 0.85
+
+
+class ModelError(ValueError):
+    """The model is not one that the fleet's pools can serve."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +82,35 @@ def vllm_command() -> str:
 
 
 def plan_instances(spec: FleetSpec) -> list[Launch]:
-    """The instances' commands. Raises DeviceError where GPUs are missing."""
+    """The instances' commands. Raises DeviceError where GPUs are missing, ModelError for encoders of a text model."""
     instances = list(spec.instances())
+    _takes_media(spec)
     gpus = usable_gpus(spec)
-    engines = [spec.engine.overridden_by(pool.engine) for _, _, pool, _, _ in instances]
+    engines = [spec.engine.overridden_by(one.pool.engine) for one in instances]
     placed: list[tuple[str, ...]] = [()] * len(instances)
     if gpus:
         placed = assign([engine.gpus for engine in engines], gpus, spec.local.share_gpus)
     users = Counter(gpu for chosen in placed for gpu in chosen)
     launches: list[Launch] = []
-    for (name, role, pool, api, side), engine, chosen in zip(instances, engines, placed, strict=True):
-        width = engine.data_parallel_size or 1
+    for one, engine, chosen in zip(instances, engines, placed, strict=True):
         engine = _on_gpu(engine, max(users[gpu] for gpu in chosen)) if chosen else _on_cpu(engine)
-        launches.append(_instance(spec, name, role, pool, engine, chosen, api, tuple(range(side, side + width))))
+        launches.append(_instance(spec, one, engine, chosen))
     return launches
+
+
+def _takes_media(spec: FleetSpec) -> None:
+    """Refuse encoder instances of a text model; only a checkpoint on this machine can be looked at."""
+    if spec.pools.encode is None or not spec.pools.encode.replicas:
+        return
+    path = Path(spec.model) / "config.json"
+    try:
+        keys = list(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):  # a hub name
+        return
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not any(word in key for key in keys for word in _MEDIA_WORDS):
+        raise ModelError(f"pools.encode: {spec.model} is a text model, there is nothing to encode")
 
 
 def usable_gpus(spec: FleetSpec) -> tuple[str, ...]:
@@ -122,46 +144,42 @@ def _on_gpu(engine: EngineSpec, users: int) -> EngineSpec:
     return engine.model_copy(update={"gpu_memory_utilization": round(_SHARED_GPU_MEMORY / users, 3)})
 
 
-def _instance(
-    spec: FleetSpec,
-    name: str,
-    role: PoolRole,
-    pool: PoolSpec,
-    engine: EngineSpec,
-    gpus: tuple[str, ...],
-    port: int,
-    side: tuple[int, ...],
-) -> Launch:
+def _instance(spec: FleetSpec, one: Placed, engine: EngineSpec, gpus: tuple[str, ...]) -> Launch:
     local = spec.local
+    ranks = range(spec.width(one.pool))
     keys = FleetKeys.resolve(spec.router.auth)
-    argv = [vllm_command(), "serve", spec.model, "--host", local.host, "--port", str(port)]
+    argv = [vllm_command(), "serve", spec.model, "--host", local.host, "--port", str(one.api)]
     if spec.plugins:
         argv += ["--plugins", ",".join(spec.plugins)]
     if spec.served_model_name:
         argv += ["--served-model-name", spec.served_model_name]
     env = {
-        ENV_INSTANCE_ID: name,
-        ENV_ROLE: role,
+        ENV_INSTANCE_ID: one.name,
+        ENV_ROLE: one.role,
         "VLLM_NIXL_SIDE_CHANNEL_HOST": local.host,
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side[0]),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(one.side),
         "VLLM_HOST_IP": local.host,
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONUNBUFFERED": "1",
         **device_env(engine, gpus, local.cpu_threads),
     }
+    ports = [one.api, *(one.side + rank for rank in ranks)]
+    if one.items is not None:
+        env |= {"VLLM_EC_SIDE_CHANNEL_HOST": local.host, "VLLM_EC_SIDE_CHANNEL_PORT": str(one.items)}
+        ports += [one.items + rank for rank in ranks]
     if keys.upstream:
         env[ENV_VLLM_KEY] = keys.upstream
     if keys.instance_control:
         env[ENV_CONTROL_KEY] = keys.instance_control
     return Launch(
-        name=name,
-        role=role,
+        name=one.name,
+        role=one.role,
         argv=(*argv, *engine.flags()),
-        url=f"http://{_in_url(local.host)}:{port}",
-        log=local.log_dir / f"{name}.log",
+        url=f"http://{_in_url(local.host)}:{one.api}",
+        log=local.log_dir / f"{one.name}.log",
         ready="state" if spec.plugins else "health",
-        env={**env, **spec.env, **pool.env},
-        ports=(port, *side),
+        env={**env, **spec.env, **one.pool.env},
+        ports=tuple(ports),
         control_key=keys.instance_control,
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,8 +16,10 @@ from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
 from vllm_suite.fleet.units import DurationMs
 from vllm_suite.router.config import RouterConfig
 
-PoolRole = Literal["prefill", "decode", "any"]
-POOL_ROLES: tuple[PoolRole, ...] = ("prefill", "decode", "any")
+PoolRole = Literal["encode", "prefill", "decode", "any"]
+POOL_ROLES: tuple[PoolRole, ...] = ("encode", "prefill", "decode", "any")
+ENCODING_ROLES: tuple[PoolRole, ...] = ("encode", "any")
+"""With plugin `epd` these run an encoder for others and serve its outputs on a port of their own."""
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
@@ -33,12 +35,15 @@ class PoolSpec(Settings):
 class Pools(Settings):
     """The pools by role. A pool that is left out has no instances."""
 
+    encode: PoolSpec | None = Field(
+        default=None, description="run the vision or audio encoder alone; needs plugin `epd`"
+    )
     prefill: PoolSpec | None = Field(default=None, description="compute prompts and hand their KV blocks over")
     decode: PoolSpec | None = Field(default=None, description="pull KV blocks and generate")
     any: PoolSpec | None = Field(default=None, description="do either, per request")
 
     def items(self) -> Iterator[tuple[PoolRole, PoolSpec]]:
-        """Pools that are there, prefill first."""
+        """Pools that are there, in the order of a request."""
         for role in POOL_ROLES:
             pool: PoolSpec | None = getattr(self, role)
             if pool is not None:
@@ -78,6 +83,9 @@ class LocalSpec(Settings):
     first_side_channel_port: Port = Field(
         default=15600, description="NIXL side-channel port of the first instance; the others follow"
     )
+    first_item_port: Port = Field(
+        default=16600, description="port for encoder outputs of the first instance that encodes; the others follow"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         default="auto", description="`auto`: gpu where an NVIDIA driver answers"
     )
@@ -100,6 +108,20 @@ class LocalSpec(Settings):
         if host in ("0.0.0.0", "::", "*"):
             raise ValueError("peers cannot connect to a wildcard address; give one of this machine's own")
         return host
+
+
+class Placed(NamedTuple):
+    """One instance of a fleet: its API port, and the first of its ports for KV hand-over and for encoder outputs.
+
+    `items` is None where the instance encodes nothing for others.
+    """
+
+    name: str
+    role: PoolRole
+    pool: PoolSpec
+    api: int
+    side: int
+    items: int | None
 
 
 class FleetSpec(Settings):
@@ -136,8 +158,21 @@ class FleetSpec(Settings):
         if not sum(counts.values()):
             raise ValueError("pools: the fleet has no instance")
         if not counts.get("decode") and not counts.get("any"):
-            raise ValueError("pools: prefill instances need a decode or an any instance to hand over to")
+            alone = "encode" if not counts.get("prefill") else "prefill"
+            raise ValueError(f"pools: {alone} instances need a decode or an any instance to hand over to")
+        if counts.get("encode"):
+            self._encoders_have_consumers()
         return self
+
+    def _encoders_have_consumers(self) -> None:
+        if "epd" not in self.plugins:
+            raise ValueError(f"pools.encode: encoder instances need plugin epd; plugins is {list(self.plugins)}")
+        for role, pool in self.pools.items():
+            args = self.engine.overridden_by(pool.engine).args
+            if pool.replicas and "--language-model-only" in args:
+                raise ValueError(
+                    f"pools.{role}: --language-model-only refuses media, so there is nothing for pools.encode to encode"
+                )
 
     @model_validator(mode="after")
     def _ports_apart(self) -> FleetSpec:
@@ -147,25 +182,32 @@ class FleetSpec(Settings):
                 raise ValueError(f"local: {what} would get port {port}; choose a lower first port")
             if port in owner:
                 raise ValueError(f"port {port} is both {owner[port]} and {what}; move local.first_port, "
-                                 "local.first_side_channel_port or router.port")  # fmt: skip
+                                 "local.first_side_channel_port, local.first_item_port or router.port")  # fmt: skip
             owner[port] = what
         return self
 
-    def instances(self) -> Iterator[tuple[str, PoolRole, PoolSpec, int, int]]:
-        """Every instance: name, role, pool, API port, first side-channel port."""
+    def width(self, pool: PoolSpec) -> int:
+        """Data-parallel ranks of an instance; vLLM adds the index of the rank to each port of a side channel."""
+        return self.engine.overridden_by(pool.engine).data_parallel_size or 1
+
+    def instances(self) -> Iterator[Placed]:
+        """Every instance with its ports."""
         api, side = self.local.first_port, self.local.first_side_channel_port
+        items = self.local.first_item_port
         for role, pool in self.pools.items():
-            # vLLM adds the index of the data-parallel rank to the side-channel port.
-            width = self.engine.overridden_by(pool.engine).data_parallel_size or 1
+            width = self.width(pool)
+            encodes = role in ENCODING_ROLES and "epd" in self.plugins
             for index in range(pool.replicas):
-                yield f"{self.name}-{role}-{index}", role, pool, api, side
-                api, side = api + 1, side + width
+                yield Placed(f"{self.name}-{role}-{index}", role, pool, api, side, items if encodes else None)
+                api, side, items = api + 1, side + width, items + (width if encodes else 0)
 
     def ports(self) -> Iterator[tuple[int, str]]:
         """Every port the fleet listens on here, with what listens there (0, any free one, is left out)."""
         if self.router.port:
             yield self.router.port, "the router"
-        for name, _, pool, api, side in self.instances():
-            yield api, f"the API of {name}"
-            for rank in range(self.engine.overridden_by(pool.engine).data_parallel_size or 1):
-                yield side + rank, f"the side channel of {name}"
+        for one in self.instances():
+            yield one.api, f"the API of {one.name}"
+            for rank in range(self.width(one.pool)):
+                yield one.side + rank, f"the side channel of {one.name}"
+                if one.items is not None:
+                    yield one.items + rank, f"the encoder outputs of {one.name}"

@@ -219,7 +219,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def plan(spec: FleetSpec) -> list[Launch]:
-    """Every process of the fleet, the router last. Raises DeviceError, FileNotFoundError, KeyFileError."""
+    """Every process of the fleet, the router last. Raises DeviceError, ModelError, FileNotFoundError, KeyFileError."""
     instances = plan_instances(spec)
     return [*instances, plan_router(spec, instances)]
 

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_suite.fleet.console import Console
 from vllm_suite.fleet.devices import DeviceError
 from vllm_suite.fleet.keeper import adopt_orphans
-from vllm_suite.fleet.launch import Launch, router_config
+from vllm_suite.fleet.launch import Launch, ModelError, router_config
 from vllm_suite.fleet.process import PortTaken
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.supervisor import StartFailed, plan, supervise, write_atomically
@@ -29,7 +29,7 @@ class FolderInUse(RuntimeError):
     """Another fleet keeps its logs and state in the same folder."""
 
 
-PlanErrors = (DeviceError, FileNotFoundError, KeyFileError)
+PlanErrors = (DeviceError, ModelError, FileNotFoundError, KeyFileError)
 StartErrors = (StartFailed, PortTaken, FolderInUse)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -13,11 +14,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_suite import catalog
 from vllm_suite.fleet import launch as launch_module
 from vllm_suite.fleet import up
 from vllm_suite.fleet.demo_spec import DemoOptions, demo_fleet, single_engine
 from vllm_suite.fleet.devices import DeviceError, assign, visible_gpus
-from vllm_suite.fleet.launch import Launch, plan_instances, plan_router, router_config
+from vllm_suite.fleet.launch import Launch, ModelError, plan_instances, plan_router, router_config
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.router.config import RouterConfig
 
@@ -33,6 +35,11 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def fleet(**over: Any) -> FleetSpec:
     data: dict[str, Any] = {"model": "m", "pools": {"prefill": {}, "decode": {}}, "local": {"device": "cpu"}}
     return FleetSpec.model_validate({**data, **over})
+
+
+@pytest.fixture
+def _epd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(catalog.PLUGINS, "epd", dataclasses.replace(catalog.PLUGINS["epd"], landed=True))
 
 
 def after(launch: Launch, flag: str) -> str:
@@ -57,6 +64,40 @@ def test_a_cpu_instance() -> None:
     assert decode.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "15601"
     assert (prefill.url, decode.url) == ("http://127.0.0.1:8100", "http://127.0.0.1:8101")
     assert prefill.ports == (8100, 15600)
+
+
+@pytest.mark.usefixtures("_epd")
+def test_an_encoder_is_told_where_to_serve_its_outputs() -> None:
+    pools = {"encode": {"replicas": 2}, "prefill": {}, "decode": {}}
+    spec = fleet(plugins=["disagg", "epd"], pools=pools, engine={"limit_mm_per_prompt": {"image": 4}})
+    first, second, prefill, decode = plan_instances(spec)
+    assert first.env["VLLM_SUITE_ROLE"] == "encode"
+    assert after(first, "--plugins") == "disagg,epd"
+    assert json.loads(after(first, "--limit-mm-per-prompt")) == {"image": 4}
+    assert first.env["VLLM_EC_SIDE_CHANNEL_HOST"] == "127.0.0.1"
+    assert [one.env["VLLM_EC_SIDE_CHANNEL_PORT"] for one in (first, second)] == ["16600", "16601"]
+    assert second.ports == (8101, 15601, 16601)
+    assert not any("VLLM_EC_SIDE_CHANNEL_PORT" in one.env for one in (prefill, decode))
+    config = RouterConfig.model_validate(yaml.safe_load(router_config(spec, plan_instances(spec))))
+    assert [target.role for target in config.membership.static] == ["encode", "encode", "prefill", "decode"]
+
+
+@pytest.mark.usefixtures("_epd")
+def test_a_text_model_has_nothing_to_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pools = {"encode": {}, "any": {}}
+    spec = fleet(model=str(tmp_path), plugins=["disagg", "epd"], pools=pools)
+    config = tmp_path / "config.json"
+    plan_instances(spec)  # no file: it may be a hub name
+    config.write_text('{"model_type": "llama", "hidden_size": 8}')
+    with pytest.raises(ModelError, match="is a text model"):
+        plan_instances(spec)
+    assert up.dry_run(spec) == 1
+    assert "is a text model" in capsys.readouterr().err
+    config.write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        plan_instances(spec)
+    config.write_text('{"vision_config": {}}')
+    assert [one.role for one in plan_instances(spec)] == ["encode", "any"]
 
 
 def test_cpu_defaults_can_be_overridden() -> None:

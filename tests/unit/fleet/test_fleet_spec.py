@@ -11,12 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_suite import catalog
 from vllm_suite.fleet.engine import OWNED_FLAGS, EngineSpec
 from vllm_suite.fleet.files import FleetFileError, dump_fleet, parse_fleet
 from vllm_suite.fleet.spec import FleetSpec, PoolSpec, RestartSpec
 from vllm_suite.fleet.units import parse_bytes, parse_duration_ms
 
+EPD = "model: m\nplugins: [disagg, epd]\n"
 MINIMAL = "model: m\npools: {any: {}}\n"
+
+
+@pytest.fixture(autouse=True)
+def _epd_can_be_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    landed = dataclasses.replace(catalog.PLUGINS["epd"], landed=True)
+    monkeypatch.setitem(catalog.PLUGINS, "epd", landed)
+
 
 names = st.text(string.ascii_lowercase, min_size=1, max_size=8)
 engines = st.fixed_dictionaries(
@@ -41,7 +50,7 @@ pools = st.fixed_dictionaries(
     },
 )
 fleets = st.fixed_dictionaries(
-    {"model": names, "pools": pools},
+    {"model": names, "pools": pools, "plugins": st.sampled_from([["disagg"], ["disagg", "epd"], []])},
     optional={
         "engine": engines,
         "slo": st.fixed_dictionaries({}, optional={"ttft": st.floats(0.001, 1e6).map(lambda ms: f"{ms}ms")}),
@@ -82,8 +91,11 @@ def test_ports_never_collide(data: dict[str, Any]) -> None:
     ports = [port for port, _ in spec.ports()]
     assert len(set(ports)) == len(ports)
     assert all(1 <= port <= 65_535 for port in ports)
-    widths = [spec.engine.overridden_by(p.engine).data_parallel_size or 1 for _, _, p, _, _ in spec.instances()]
-    assert len(ports) == 1 + len(widths) + sum(widths)
+    widths = [spec.width(one.pool) for one in spec.instances()]
+    items = [spec.width(one.pool) for one in spec.instances() if one.items is not None]
+    assert len(ports) == 1 + len(widths) + sum(widths) + sum(items)
+    encodes = "epd" in spec.plugins
+    assert all((one.items is not None) == (encodes and one.role in ("encode", "any")) for one in spec.instances())
 
 
 def test_a_collision_is_refused_and_says_who() -> None:
@@ -106,6 +118,14 @@ def test_a_collision_is_refused_and_says_who() -> None:
         ("model: m\npools: {any: {}}\nplugins: [nope]\n", "plugins: unknown plugin 'nope'"),
         ("model: m\npools: {any: {}}\nmodel: n\n", "key 'model' is given twice"),
         ("model: m\npools: {prefill: {}}\n", "prefill instances need a decode or an any instance"),
+        (EPD + "pools: {encode: {}}\n", "encode instances need a decode or an any instance"),
+        (EPD + "pools: {encode: {}, prefill: {}}\n", "prefill instances need a decode or an any instance"),
+        ("model: m\npools: {encode: {}, any: {}}\n", "encoder instances need plugin epd; plugins is ['disagg']"),
+        (
+            EPD + "pools: {encode: {}, any: {engine: {args: [--language-model-only]}}}\n",
+            "pools.any: --language-model-only refuses media",
+        ),
+        (EPD + "pools: {encode: {}, any: {}}\nlocal: {first_item_port: 15600}\n", "port 15600 is both"),
         ("model: m\npools: {any: {replicas: 0}}\n", "the fleet has no instance"),
         ("model: m\npools: {any: {}}\nlocal: {host: 0.0.0.0}\n", "local.host: peers cannot connect to a wildcard"),
         ("model: m\npools: {any: {engine: {args: [--port=1]}}}\n", "--port is set for each instance"),
@@ -200,3 +220,19 @@ def test_restart_delay_doubles_up_to_its_bound(restarts: int) -> None:
     delay = policy.delay_s(restarts)
     assert 0.1 <= delay <= 5.0
     assert policy.delay_s(restarts + 1) == min(5.0, 2 * delay)
+
+
+def test_encoders_get_ports_for_their_outputs() -> None:
+    text = "pools: {encode: {replicas: 2, engine: {data_parallel_size: 2}}, prefill: {}, decode: {}, any: {}}\n"
+    spec = parse_fleet(EPD + text)
+    assert [(one.role, one.side, one.items) for one in spec.instances()] == [
+        ("encode", 15600, 16600), ("encode", 15602, 16602), ("prefill", 15604, None), ("decode", 15605, None),
+        ("any", 15606, 16604),
+    ]  # fmt: skip
+    assert dict(spec.ports())[16603] == "the encoder outputs of fleet-encode-1"
+    without = parse_fleet("model: m\npools: {any: {}}\n")
+    assert [one.items for one in without.instances()] == [None]
+
+
+def test_no_encoder_is_needed_for_an_empty_pool() -> None:
+    assert parse_fleet("model: m\npools: {encode: {replicas: 0}, any: {}}\n").plugins == ("disagg",)
