@@ -19,18 +19,20 @@ import asyncio
 import hashlib
 import hmac
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from vllm_suite.handoff import Handoff, digest
+from vllm_suite.handoff import VERSION, Handoff, digest
 
 ITEM_KEY = "suite"
 PENDING_KEY = "suite_pending"
 ERROR_KEY = "suite_error"
 
 MAX_MESSAGE_BYTES = 1 << 20
-MAX_KEYS = 4096
+# Identifiers in one `Probe`: a reference takes some 600 bytes of the answer.
+MAX_KEYS = 1024
 _LENGTH = struct.Struct("!I")
 
 
@@ -67,7 +69,7 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return key is None or hmac.compare_digest(self._mac(key), self.mac)
 
     def _mac(self, key: bytes) -> str:
-        fields = [self.identifier, [list(msgspec.structs.astuple(c)) for c in self.candidates], self.wait_s]
+        fields = [self.identifier, [list(msgspec.structs.astuple(c)) for c in self.candidates], float(self.wait_s)]
         return hmac.new(key, msgspec.json.encode(fields), hashlib.sha256).hexdigest()
 
 
@@ -79,6 +81,35 @@ def item_content(identifier: str) -> str:
 def item_location(identifier: str, host: str, port: int) -> str:
     """The ``location`` of an item's `Handoff`."""
     return digest("ec-location", identifier, host, str(port))
+
+
+@dataclass(frozen=True, slots=True)
+class Producer:
+    """What a producer says of itself: its life, what its items are made of, and where they are claimed."""
+
+    producer: str
+    epoch: str
+    model: str
+    layout: str
+    host: str
+    port: int
+
+    def reference(self, identifier: str, item_id: str, rows: int, lease_s: float, key: bytes | None) -> Handoff:
+        """The reference of one publication, signed where ``key`` is set."""
+        return Handoff(
+            version=VERSION,
+            producer=self.producer,
+            epoch=self.epoch,
+            request_id=item_id,
+            content=item_content(identifier),
+            model=self.model,
+            layout=self.layout,
+            tokens=rows,
+            location=item_location(identifier, self.host, self.port),
+            claim_host=self.host,
+            claim_port=self.port,
+            lease_s=float(lease_s),  # signed as it is decoded: 30 and 30.0 are different text
+        ).signed(key)
 
 
 def hello_mac(key: bytes | None, nonce: bytes, name: str) -> bytes:
@@ -217,17 +248,31 @@ def frame(message: Request | Answer) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    """Next message.
+async def read_frame(
+    reader: asyncio.StreamReader,
+    decoder: msgspec.msgpack.Decoder[Any],
+    *,
+    limit: int = MAX_MESSAGE_BYTES,
+    frame_timeout_s: float | None = None,
+) -> Any:
+    """Next message. Waits for its first byte as long as the caller lets it.
+
+    Args:
+        limit: bytes of the longest message that is read.
+        frame_timeout_s: how long the rest of a message may take once it has begun; None waits for ever.
 
     Raises:
         BadMessage: too long, or not what ``decoder`` expects.
+        TimeoutError: the rest of a message did not come in time.
         asyncio.IncompleteReadError: the peer closed the connection.
     """
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > MAX_MESSAGE_BYTES:
-        raise BadMessage(f"message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    head = await reader.readexactly(1)
+    async with asyncio.timeout(frame_timeout_s):
+        (length,) = _LENGTH.unpack(head + await reader.readexactly(_LENGTH.size - 1))
+        if length > limit:
+            raise BadMessage(f"message of {length} bytes; the limit is {limit}")
+        body = await reader.readexactly(length)
     try:
-        return decoder.decode(await reader.readexactly(length))
+        return decoder.decode(body)
     except msgspec.MsgspecError as error:
         raise BadMessage(str(error)) from error

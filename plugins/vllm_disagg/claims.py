@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_disagg.config import DisaggConfig
-from vllm_disagg.lease_server import LoopThread
 from vllm_disagg.protocol import (
     Answer,
     BadMessage,
@@ -30,6 +29,7 @@ from vllm_disagg.protocol import (
     read_frame,
 )
 from vllm_suite.handoff import Handoff, Refusal
+from vllm_suite.loop_thread import LoopThread
 
 logger = logging.getLogger("vllm.suite.disagg")
 

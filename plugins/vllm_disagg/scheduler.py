@@ -16,12 +16,13 @@ from vllm_disagg.claims import Claims
 from vllm_disagg.config import DisaggConfig
 from vllm_disagg.exchange import PullPlan, PullReport, StepOrders, merge_reports
 from vllm_disagg.fence import FENCE_KEY, OwnView, content_digest, remote_params
-from vllm_disagg.lease_server import LeaseServer, LoopThread, bind
+from vllm_disagg.lease_server import LeaseServer
 from vllm_disagg.leases import End, LeaseBook
 from vllm_disagg.stats import SuiteKVStats
 from vllm_suite.compat.nixl import NixlConnectorMetadata, NixlPullConnectorScheduler
 from vllm_suite.handoff import VERSION, Handoff, Refusal, fleet_key
 from vllm_suite.identity import identity
+from vllm_suite.loop_thread import LoopThread, bind
 
 logger = logging.getLogger("vllm.suite.disagg")
 

@@ -12,9 +12,10 @@ import pytest
 from tests.unit.disagg.test_leases import reference
 from vllm_disagg.claims import Claims, ClaimState
 from vllm_disagg.config import ConfigError, DisaggConfig
-from vllm_disagg.lease_server import LeaseServer, LoopThread, bind
+from vllm_disagg.lease_server import LeaseServer
 from vllm_disagg.leases import LeaseBook
 from vllm_suite.handoff import Handoff, Refusal
+from vllm_suite.loop_thread import LoopThread, bind
 
 CONFIG = DisaggConfig(claim_timeout_s=0.3, pull_timeout_s=0.8, lease_s=5, peer_retry_s=1.0, peer_retry_max_s=1.5)
 
