@@ -1,7 +1,7 @@
 """The general plugin that vLLM loads in every process.
 
-A process that did not ask for the suite gets the ``--plugins`` option on its parser and nothing else. One that
-asked, by ``--plugins`` or by ``VLLM_SUITE_PLUGINS``, gets the version gate, the connectors, and vLLM's own
+A process that did not ask for the suite gets ``--plugins`` and the plugins' switches on its parser and nothing else.
+One that asked, by ``--plugins`` or by ``VLLM_SUITE_PLUGINS``, gets the version gate, the connectors, and vLLM's own
 options set where the user gave none.
 """
 
@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_suite import __version__
-from vllm_suite.catalog import ENV_PLUGINS, PLUGINS, SelectionError, parse_selection
+from vllm_suite.catalog import ENV_PLUGINS, PLUGINS, Flag, SelectionError, parse_selection
 
 # vLLM configures the logger "vllm" only; a child of it is printed like vLLM's own lines.
 _log = logging.getLogger("vllm.suite")
 
 _loaded = False
 _from_option = False  # the environment's value came from --plugins
+_switched: dict[str, Flag] = {}  # switches given on the command line, by option
 
 
 def load() -> None:
@@ -40,13 +41,14 @@ def load() -> None:
     command = _is_command()
     if multiprocessing.parent_process() is None:
         hooks.start_refusals(sys.argv if command else ())
-    hooked = hooks.install(on_selection=select, on_port=_use_port, on_engine_args=prepare)
+    hooked = hooks.install(on_selection=select, on_flag=switch_on, on_port=_use_port, on_engine_args=prepare)
     on_argv, rest = hooks.find_option(sys.argv) if command else (None, sys.argv)
     with _exit_status_2():
-        if on_argv is not None:
-            if not hooked:  # no parser to teach: take the option away before it is called unrecognized
-                sys.argv[:] = rest
+        if command and not hooked:  # no parser to teach: take the options away before they are called unrecognized
+            sys.argv[:] = hooks.take_flags(rest, switch_on)
+            if on_argv is not None:
                 select(on_argv)
+        if on_argv is not None:
             return  # the parser calls `select`
         if os.environ.get(ENV_PLUGINS):
             activate()
@@ -61,6 +63,12 @@ def select(text: str) -> None:
     os.environ[ENV_PLUGINS] = ",".join(parse_selection(text))
     _from_option = True
     activate()
+
+
+def switch_on(flag: Flag) -> None:
+    """Turn a plugin's switch on, here and in child processes. `prepare` refuses it without the plugin."""
+    os.environ[flag.env] = "1"
+    _switched[flag.option] = flag
 
 
 def selection() -> tuple[str, ...]:
@@ -104,6 +112,7 @@ def prepare(engine_args: Any, usage_context: Any) -> None:
 
     with _exit_status_2():
         names = activate()
+        _refuse_lonely_switches(names)
         environment.declare()
         if not names:
             return
@@ -117,6 +126,13 @@ def prepare(engine_args: Any, usage_context: Any) -> None:
         level = logging.INFO if multiprocessing.parent_process() is None else logging.DEBUG
         facts = (__version__, ",".join(names), source, identity.role(), applied)
         _log.log(level, "vllm-suite %s: plugins %s (from %s), role %s: %s", *facts)
+
+
+def _refuse_lonely_switches(names: tuple[str, ...]) -> None:
+    for option, flag in _switched.items():
+        owner = next(plugin.name for plugin in PLUGINS.values() if flag in plugin.flags)
+        if owner not in names:
+            raise SelectionError(f"{option} is a switch of plugin {owner!r}; add --plugins {owner}, or leave it out")
 
 
 def _use_port(port: int | None) -> None:

@@ -7,6 +7,7 @@ a process that does not use the suite.
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,22 @@ class LazyClass:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """A switch of one plugin on ``vllm serve``; ``env`` is what it sets to 1 and what other processes read."""
+
+    option: str
+    env: str
+    help: str
+
+    def on(self) -> bool:
+        """Whether it is on here. Raises SelectionError for a value that is neither on nor off."""
+        text = os.environ.get(self.env, "")
+        if text not in ("", "0", "1"):
+            raise SelectionError(f"{self.env}={text!r} is neither 1 (on) nor 0 (off)")
+        return text == "1"
+
+
+@dataclass(frozen=True)
 class PluginInfo:
     """One plugin of the suite.
 
@@ -42,6 +59,7 @@ class PluginInfo:
         options: module with ``propose(view)`` and ``check(view)``; see `vllm_suite.compat.settings`.
         exporter: class that the control endpoint makes in each API server; see `vllm_suite.compat.endpoint`.
         report: module whose ``report()`` says what the plugin can do here; see `vllm_suite.compat.probes`.
+        flags: switches on ``vllm serve`` beside ``--plugins``, refused without the plugin.
     """
 
     name: str
@@ -54,6 +72,7 @@ class PluginInfo:
     options: str | None = None
     exporter: LazyClass | None = None
     report: str | None = None
+    flags: tuple[Flag, ...] = ()
 
 
 class SelectionError(ValueError):
@@ -78,6 +97,13 @@ _SWIFTKV_MODELS = (
     "Qwen3MoeSwiftKVForCausalLM",
 )
 
+NO_LOCAL_ENCODER = Flag(
+    option="--epd-no-local-encoder",
+    env="VLLM_SUITE_EPD_NO_LOCAL_ENCODER",
+    help="Load no vision or audio encoder: every image, video and clip comes encoded from another instance, and a "
+    "request whose encoder output cannot be had fails. For roles prefill and decode of plugin epd.",
+)
+
 _TABLE = (
     PluginInfo(
         name="disagg",
@@ -86,7 +112,14 @@ _TABLE = (
         landed=True,
         kv_connectors=(LazyClass("SuiteNixlConnector", "vllm_disagg.connector"),),
     ),
-    PluginInfo(name="epd", package="vllm_epd", summary="encoder stage on instances of its own"),
+    PluginInfo(
+        name="epd",
+        package="vllm_epd",
+        summary="encoder stage on instances of its own",
+        options="vllm_epd.options",
+        report="vllm_epd.report",
+        flags=(NO_LOCAL_ENCODER,),
+    ),
     PluginInfo(
         name="swiftkv",
         package="vllm_swiftkv",

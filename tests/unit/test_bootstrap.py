@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_suite import bootstrap
+from vllm_suite.catalog import NO_LOCAL_ENCODER, Flag, SelectionError
 from vllm_suite.compat import hooks
 from vllm_suite.compat.versions import SUPPORTED, UnsupportedVersion, check_version, series
 
@@ -74,6 +76,28 @@ def test_the_option_is_found_in_both_spellings(before: list[str], after: list[st
 def test_the_last_option_wins_and_nothing_behind_the_separator_counts() -> None:
     assert hooks.find_option(["--plugins", "a", "--plugins=b"]) == ("b", [])
     assert hooks.find_option(["x", "--", "--plugins", "a"]) == (None, ["x", "--", "--plugins", "a"])
+
+
+def test_switches_are_taken_from_a_command_line_that_no_parser_of_ours_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = Flag("--on", "VLLM_SUITE_TEST_ON", "help")
+    monkeypatch.setattr(hooks, "flags", lambda: (switch,))
+    seen: list[Flag] = []
+    argv = ["vllm", "serve", "m", "--on", "--other", "--", "--on"]
+    assert hooks.take_flags(argv, seen.append) == ["vllm", "serve", "m", "--other", "--", "--on"]
+    assert seen == [switch]
+    assert hooks.take_flags(["vllm", "--", "--on"], seen.append) == ["vllm", "--", "--on"]
+    assert seen == [switch]
+
+
+def test_a_switch_without_its_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "_switched", {})
+    monkeypatch.delenv(NO_LOCAL_ENCODER.env, raising=False)
+    bootstrap.switch_on(NO_LOCAL_ENCODER)
+    assert NO_LOCAL_ENCODER.on()
+    bootstrap._refuse_lonely_switches(("disagg", "epd"))
+    with pytest.raises(SelectionError, match="--epd-no-local-encoder is a switch of plugin 'epd'; add --plugins epd"):
+        bootstrap._refuse_lonely_switches(("disagg",))
+    del os.environ[NO_LOCAL_ENCODER.env]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ def view(role: Role = "any", device: str = "cpu", **given: Any) -> View:
     unset: dict[str, Any] = dict.fromkeys(OPTIONS) | {"kv_sharing_fast_prefill": False, "additional_config": {}}
     unset |= {"model": "/no/such/model", "hf_config_path": None, "config_format": "auto", "worker_extension_cls": ""}
     unset |= dict.fromkeys(("revision", "hf_token", "hf_overrides", "speculative_config"))
+    unset |= {"language_model_only": False, "pipeline_parallel_size": 1, "worker_cls": "auto"}
+    unset |= {"limit_mm_per_prompt": {}, "enable_mm_embeds": False}
     return View(role, device, SimpleNamespace(**unset | given))
 
 
@@ -91,6 +93,20 @@ def test_a_flag_that_the_user_set_to_true_is_kept(monkeypatch: pytest.MonkeyPatc
     apply(["a"], here)
     assert here.engine_args.kv_sharing_fast_prefill is True
     assert apply(["a"], view(kv_sharing_fast_prefill=True)).set == ()
+
+
+def test_the_encoder_cache_managers_config_counts_as_given_where_it_names_a_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.config import EncoderCacheManagerConfig
+
+    proposals(monkeypatch, a=Setting("ec_manager_config", {"encoder_cache_manager_cls": "a.A"}, "a"))
+    here = view(ec_manager_config=EncoderCacheManagerConfig())
+    apply(["a"], here)
+    assert here.engine_args.ec_manager_config.encoder_cache_manager_cls == "a.A"
+    here = view(ec_manager_config=EncoderCacheManagerConfig(encoder_cache_manager_cls="my.Manager"))
+    assert str(apply(["a"], here)) == "kept your --ec-manager-config"
+    assert here.engine_args.ec_manager_config.encoder_cache_manager_cls == "my.Manager"
 
 
 def test_a_list_is_added_to_and_a_note_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:

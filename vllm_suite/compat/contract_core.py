@@ -29,7 +29,10 @@ ROWS: tuple[Contract, ...] = (
     # settings.py
     Contract(f"{_ARGS}.kv_transfer_config", "attribute", "set for disagg"),
     Contract(f"{_ARGS}.ec_transfer_config", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.ec_manager_config", "attribute", "may be set by a plugin"),
     Contract(f"{_ARGS}.scheduler_cls", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.limit_mm_per_prompt", "attribute", "may be set by a plugin"),
+    Contract(f"{_ARGS}.enable_mm_embeds", "attribute", "may be set by a plugin"),
     Contract(f"{_ARGS}.kv_sharing_fast_prefill", "attribute", "may be set by a plugin"),
     Contract(f"{_ARGS}.worker_extension_cls", "attribute", "may be set by a plugin"),
     Contract(f"{_ARGS}.additional_config", "attribute", "may be set by a plugin"),
@@ -41,6 +44,10 @@ ROWS: tuple[Contract, ...] = (
     Contract("vllm.config:KVTransferConfig.kv_load_failure_policy", "attribute", "set for disagg"),
     Contract("vllm.config:KVTransferConfig.kv_buffer_device", "attribute", "set for disagg on CPU"),
     Contract("vllm.config:ECTransferConfig", "class", "type of ec_transfer_config"),
+    Contract("vllm.config:EncoderCacheManagerConfig", "class", "type of ec_manager_config"),
+    Contract(
+        "vllm.config:EncoderCacheManagerConfig.encoder_cache_manager_cls", "attribute", "None where the user gave none"
+    ),
     # engine.py
     Contract("vllm.platforms:current_platform", "attribute", "its device_type decides the KV buffer"),
     Contract("vllm.platforms.interface:Platform.device_type", "attribute", "decides the KV buffer"),

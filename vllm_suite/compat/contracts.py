@@ -69,9 +69,16 @@ class Contract:
 
 def table() -> tuple[Contract, ...]:
     """Every row, in the order of the modules that hold them."""
-    from vllm_suite.compat import contract_core, contract_disagg, contract_models, contract_swiftkv
+    from vllm_suite.compat import (
+        contract_core,
+        contract_disagg,
+        contract_encode,
+        contract_models,
+        contract_swiftkv,
+    )
 
-    return (*contract_core.ROWS, *contract_disagg.ROWS, *contract_models.ROWS, *contract_swiftkv.ROWS)
+    modules = (contract_core, contract_disagg, contract_encode, contract_models, contract_swiftkv)
+    return tuple(row for module in modules for row in module.ROWS)
 
 
 def rows_for(version_series: str, rows: Iterable[Contract] | None = None) -> tuple[Contract, ...]:

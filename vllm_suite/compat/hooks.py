@@ -1,6 +1,7 @@
 """Where the suite meets vLLM's engine arguments: three wrapped methods, none of them copied.
 
-``EngineArgs.add_cli_args``         adds ``--plugins``, so it shows in ``--help`` and works from ``--config`` files
+``EngineArgs.add_cli_args``         adds ``--plugins`` and the plugins' own switches, so that they show in ``--help``
+                                    and work from ``--config`` files
 ``EngineArgs.from_cli_args``        sees the API port, from which the default instance id is made
 ``EngineArgs.create_engine_config`` is where every path (command line, YAML, ``LLM(...)``) passes once all options
                                     are known and before anything reads them
@@ -17,22 +18,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vllm_suite.catalog import SelectionError, landed_names
+from vllm_suite.catalog import PLUGINS, Flag, SelectionError, landed_names
 from vllm_suite.compat.settings import OPTIONS, flag
 
 OPTION = "--plugins"
 # Options switched off in so many words; the parser of the main process writes it, API server processes read it.
 ENV_REFUSED = "VLLM_SUITE_REFUSED_OPTIONS"
 _MARK = "_vllm_suite"
+_DEST = "vllm_suite_"
 
 OnSelection = Callable[[str], None]
 """Gets the text of ``--plugins``; raises SelectionError where it cannot be honoured."""
+
+OnFlag = Callable[[Flag], None]
+"""Gets a plugin's switch that the command line turns on."""
 
 OnEngineArgs = Callable[[Any, Any], None]
 """Gets vLLM's `EngineArgs` and its usage context, just before the engine configuration is built."""
 
 
-def install(on_selection: OnSelection, on_port: Callable[[int | None], None], on_engine_args: OnEngineArgs) -> bool:
+def install(
+    on_selection: OnSelection, on_flag: OnFlag, on_port: Callable[[int | None], None], on_engine_args: OnEngineArgs
+) -> bool:
     """Wrap the three methods where `EngineArgs` is already imported; never import it.
 
     Returns False, and wraps nothing, where `EngineArgs` does not look as it does in the supported versions.
@@ -49,13 +56,13 @@ def install(on_selection: OnSelection, on_port: Callable[[int | None], None], on
     )
     if engine_args is None or not all(shapes):
         return False
-    _wrap_add_cli_args(engine_args, on_selection)
+    _wrap_add_cli_args(engine_args, on_selection, on_flag)
     _wrap_from_cli_args(engine_args, on_port)
     _wrap_create_engine_config(engine_args, on_engine_args)
     return True
 
 
-def _wrap_add_cli_args(engine_args: type, on_selection: OnSelection) -> None:
+def _wrap_add_cli_args(engine_args: type, on_selection: OnSelection, on_flag: OnFlag) -> None:
     original = engine_args.add_cli_args  # type: ignore[attr-defined]
     if getattr(original, _MARK, False):
         return
@@ -64,7 +71,7 @@ def _wrap_add_cli_args(engine_args: type, on_selection: OnSelection) -> None:
     def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
         parser = original(parser, *args, **kwargs)
         if OPTION not in parser._option_string_actions:
-            add_option(parser, on_selection)
+            add_option(parser, on_selection, on_flag)
         note_refusals(parser)
         return parser
 
@@ -100,12 +107,14 @@ def _wrap_create_engine_config(engine_args: type, on_engine_args: OnEngineArgs) 
     engine_args.create_engine_config = create_engine_config  # type: ignore[attr-defined]
 
 
-def add_option(parser: Any, on_selection: OnSelection) -> None:
-    """Declare ``--plugins`` on a vLLM parser, in a group of its own so that the short help names it."""
+def add_option(parser: Any, on_selection: OnSelection, on_flag: OnFlag) -> None:
+    """Declare ``--plugins`` and the switches on a vLLM parser, in a group so that the short help names them.
+
+    Their values go to the environment, which is what child processes read. The namespace keeps the defaults: vLLM's
+    Rust front end is handed every other value and knows no such options.
+    """
 
     class Select(argparse.Action):
-        # The value goes to the environment, which is what child processes read. The namespace keeps the
-        # default: vLLM's Rust front end is handed every other value and knows no such option.
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
             try:
                 on_selection(values)
@@ -119,11 +128,27 @@ def add_option(parser: Any, on_selection: OnSelection) -> None:
     group.add_argument(
         OPTION,
         action=Select,
-        dest="vllm_suite_plugins",
+        dest=f"{_DEST}plugins",
         metavar="NAME[,NAME...]",
         default=None,
         help=f"Plugins of vllm-suite to run, separated by commas: {names}. Overrides VLLM_SUITE_PLUGINS.",
     )
+    for flag_ in flags():
+        dest = _DEST + flag_.option.strip("-").replace("-", "_")
+        group.add_argument(flag_.option, action=_switch(flag_, on_flag), nargs=0, dest=dest, help=flag_.help)
+
+
+def _switch(flag_: Flag, on_flag: OnFlag) -> type[argparse.Action]:
+    class Switch(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+            on_flag(flag_)
+
+    return Switch
+
+
+def flags() -> tuple[Flag, ...]:
+    """The switches of the plugins that have landed."""
+    return tuple(item for plugin in PLUGINS.values() if plugin.landed for item in plugin.flags)
 
 
 class _Noting(argparse.BooleanOptionalAction):
@@ -188,6 +213,16 @@ def find_option(argv: Sequence[str], option: str = OPTION) -> tuple[str | None, 
         else:
             rest.append(word)
     return value, rest
+
+
+def take_flags(argv: Sequence[str], on_flag: OnFlag) -> list[str]:
+    """``argv`` without the plugins' switches, after ``on_flag`` has seen those that were in it."""
+    known = {item.option: item for item in flags()}
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    for word in argv[:end]:
+        if word in known:
+            on_flag(known[word])
+    return [word for place, word in enumerate(argv) if place >= end or word not in known]
 
 
 def is_vllm_command(main: ModuleType | None, argv: Sequence[str]) -> bool:

@@ -29,3 +29,16 @@ def read_config(engine_args: Any) -> dict[str, Any] | None:
         return None
     overrides = engine_args.hf_overrides if isinstance(engine_args.hf_overrides, dict) else {}
     return {**config, **overrides} if config else None
+
+
+def is_multimodal(config: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` describes a model that takes images, sound or the like.
+
+    By its architecture as vLLM lists them; one that vLLM does not know, by a section for an encoder.
+    """
+    from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
+
+    named = set(config.get("architectures") or ())
+    if named & _MULTIMODAL_MODELS.keys():
+        return True
+    return any(isinstance(config.get(section), dict) for section in ("vision_config", "audio_config"))

@@ -19,7 +19,10 @@ from vllm_suite.identity import Role
 OPTIONS = (
     "kv_transfer_config",
     "ec_transfer_config",
+    "ec_manager_config",
     "scheduler_cls",
+    "limit_mm_per_prompt",
+    "enable_mm_embeds",
     "kv_sharing_fast_prefill",
     "worker_extension_cls",
     "additional_config",
@@ -144,7 +147,7 @@ def apply(names: Iterable[str], view: View) -> Applied:
         value = _native(setting)
         if setting.option in APPENDED:
             value = [*(given or ()), *(item for item in value if item not in (given or ()))]
-        elif setting.option in view.refused or given not in _UNSET:
+        elif setting.option in view.refused or _given(setting.option, given):
             kept.append(setting)
             continue
         setattr(view.engine_args, setting.option, value)
@@ -186,6 +189,13 @@ def _merge(first: Setting | None, second: Setting) -> Setting:
     raise SelectionError(f"plugins need different values of {flag(second.option)}: {first.why}; {second.why}")
 
 
+def _given(option: str, value: Any) -> bool:
+    # This one is never None; without a class of its own it says nothing.
+    if option == "ec_manager_config" and value is not None:
+        return value.encoder_cache_manager_cls is not None
+    return value not in _UNSET
+
+
 def _native(setting: Setting) -> Any:
     if setting.option == "kv_transfer_config":
         from vllm.config import KVTransferConfig
@@ -195,6 +205,10 @@ def _native(setting: Setting) -> Any:
         from vllm.config import ECTransferConfig
 
         return ECTransferConfig(**setting.value)
+    if setting.option == "ec_manager_config":
+        from vllm.config import EncoderCacheManagerConfig
+
+        return EncoderCacheManagerConfig(**setting.value)
     return setting.value
 
 
