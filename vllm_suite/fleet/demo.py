@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_suite.fleet.console import Console
+from vllm_suite.fleet.demo_run import DemoFailed, Laps, carry_out
 from vllm_suite.fleet.demo_spec import SERVED_NAME, DemoOptions, demo_fleet, prompt_ids, single_engine
-from vllm_suite.fleet.keeper import adopt_orphans
 from vllm_suite.fleet.keys import FleetKeys
 from vllm_suite.fleet.launch import Launch
 from vllm_suite.fleet.process import ask
@@ -22,11 +18,9 @@ from vllm_suite.fleet.prompts import Prompt, Scale, build_prompts, fit
 from vllm_suite.fleet.replay import Answer, Settings, replay
 from vllm_suite.fleet.report import Moved, make_report, print_report
 from vllm_suite.fleet.scrape import scrape
-from vllm_suite.fleet.supervisor import Supervisor, supervise, write_atomically
+from vllm_suite.fleet.supervisor import Supervisor, supervise
 from vllm_suite.fleet.tiny import make_tiny_model
 from vllm_suite.fleet.traces import Trace, TraceError, load_trace
-from vllm_suite.fleet.up import PlanErrors, StartErrors, only_fleet_in
-from vllm_suite.provenance import provenance
 from vllm_suite.router.config import Auth
 
 if TYPE_CHECKING:
@@ -34,10 +28,6 @@ if TYPE_CHECKING:
 
 _TEMPLATE_TOKENS = 64
 _WARM_UP_TOKENS = 200
-
-
-class DemoFailed(RuntimeError):
-    """The demo cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -51,66 +41,47 @@ class _Workload:
 
 def run(options: DemoOptions, json_file: Path, argv: list[str]) -> int:
     """The whole demo. 0 where every output is identical and KV moved through NIXL, 2 for a wrong trace, else 1."""
-    adopt_orphans()
     try:
         trace = load_trace(options.trace, options.requests, options.seed)
     except TraceError as error:
         print(error, file=sys.stderr)
         return 2
-    try:
-        with only_fleet_in(options.folder):
-            report = asyncio.run(_run(options, trace))
-    except (*PlanErrors, *StartErrors, DemoFailed, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except asyncio.CancelledError:
-        print("stopped by SIGTERM; nothing is left running", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    report |= provenance(argv, options.seed)
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(json_file, json.dumps(report, indent=1) + "\n")
-    print_report(report, sys.stdout)
-    verdict = "identical outputs, KV blocks moved through NIXL" if report["ok"] else "NOT what the demo is to show"
-    print(f"{verdict}; report: {json_file}")
-    return 0 if report["ok"] else 1
+    return carry_out(
+        lambda: _run(options, trace),
+        options.folder,
+        json_file,
+        print_report,
+        "identical outputs, KV blocks moved through NIXL",
+        argv=argv,
+        seed=options.seed,
+    )
 
 
 async def _run(options: DemoOptions, trace: Trace) -> dict[str, Any]:
-    # SIGTERM ends the demo as Ctrl-C does: by cancelling it, so that both fleets are stopped on the way out.
-    this = asyncio.current_task()
-    assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
-    began = time.monotonic()
-    seconds: dict[str, float] = {}
-
-    def lap(name: str, since: float) -> float:
-        seconds[name] = round(time.monotonic() - since, 2)
-        return time.monotonic()
-
+    laps = Laps()
     with Console() as console:
         model = options.model or str(make_tiny_model(options.folder / "tiny-model"))
         fleet = demo_fleet(options, model)
-        at = lap("model", began)
+        laps.lap("model")
         console.say(f"starting 1 prefill, 1 decode and the router on {model}; logs in {fleet.local.log_dir}")
         async with supervise(fleet, console.changed) as supervisor:
             console.watch(supervisor.processes)
             await supervisor.start()
-            at = lap("fleet_start", at)
+            laps.lap("fleet_start")
             work = await _workload(options, trace, supervisor)
             console.say(f"replaying {len(work.prompts)} requests of {trace.name} through the router")
             answers, moved = await _on_fleet(supervisor, work)
-            at = lap("fleet_replay", at)
-        at = lap("fleet_stop", at)
+            laps.lap("fleet_replay")
+        laps.lap("fleet_stop")
         spec, launches = single_engine(fleet)
         console.say("starting one plain engine for comparison")
         async with Supervisor(launches, spec.local, console.changed) as single:
             console.watch(single.processes)
             await single.start()
-            at = lap("single_start", at)
+            laps.lap("single_start")
             expected = await _on_single(launches[0].url, work)
-            at = lap("single_replay", at)
-        lap("single_stop", at)
-    lap("total", began)
+            laps.lap("single_replay")
+        laps.lap("single_stop")
     facts = {
         "model": options.model or "tiny",
         "max_tokens": options.max_tokens,
@@ -121,7 +92,7 @@ async def _run(options: DemoOptions, trace: Trace) -> dict[str, Any]:
             "max_prompt_tokens": work.scale.max_tokens,
         },
         "restarts": {p.name: p.restarts for p in supervisor.processes if p.restarts},
-        "wall_seconds": seconds,
+        "wall_seconds": laps.total(),
         "commands": [p.launch.shell() for p in supervisor.processes] + [launch.shell() for launch in launches],
     }
     return make_report(answers, expected, moved, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,16 @@ class Answer:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """One prepared request: when to send it, in seconds after the start, and what; `body` asks for a stream."""
+
+    index: int
+    arrival_s: float
+    path: str
+    body: Mapping[str, Any]
+
+
 async def replay(
     base_url: str,
     prompts: Sequence[Prompt],
@@ -55,9 +65,22 @@ async def replay(
     key: str | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Send every prompt at its time and wait for all answers; no request outlives two minutes.
+    """Send every prompt at its time and wait for all answers; as `send`."""
+    requests = [Request(prompt.index, prompt.arrival_s, *request(prompt, settings)) for prompt in prompts]
+    return await send(base_url, requests, settings.max_tokens, key=key, on_done=on_done)
 
-    `on_done` is called with the number of answers so far.
+
+async def send(
+    base_url: str,
+    requests: Sequence[Request],
+    max_tokens: int,
+    *,
+    key: str | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Send every request at its time and wait for all answers; no request outlives two minutes.
+
+    An answer that has not `max_tokens` tokens has failed. `on_done` is called with the number of answers so far.
     """
     import aiohttp
 
@@ -68,40 +91,39 @@ async def replay(
         start = time.monotonic()
         answers: list[Answer] = []
 
-        async def one(prompt: Prompt) -> None:
-            await asyncio.sleep(start + prompt.arrival_s - time.monotonic())
-            answers.append(await ask(session, prompt, settings))
+        async def one(each: Request) -> None:
+            await asyncio.sleep(start + each.arrival_s - time.monotonic())
+            answers.append(await ask(session, each, max_tokens))
             if on_done is not None:
                 on_done(len(answers))
 
         async with asyncio.TaskGroup() as group:
-            for prompt in prompts:
-                group.create_task(one(prompt))
+            for each in requests:
+                group.create_task(one(each))
     return sorted(answers, key=lambda answer: answer.index)
 
 
-async def ask(session: aiohttp.ClientSession, prompt: Prompt, settings: Settings) -> Answer:
-    """Send one prompt and read its stream."""
+async def ask(session: aiohttp.ClientSession, each: Request, max_tokens: int) -> Answer:
+    """Send one request and read its stream."""
     import aiohttp
 
-    path, body = request(prompt, settings)
     stream = _Stream()
     error: str | None = None
     began = time.perf_counter()
     try:
-        async with session.post(path, json=body) as response:
+        async with session.post(each.path, json=each.body) as response:
             if response.status == 200:
                 await stream.read(response.content.readline, began)
             else:
                 error = f"HTTP {response.status}: {(await response.text())[:300]}"
     except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
         error = f"{type(problem).__name__}: {problem}"
-    if error is None and len(stream.token_ids) != settings.max_tokens:
-        error = f"the answer ended after {len(stream.token_ids)} of {settings.max_tokens} tokens"
+    if error is None and len(stream.token_ids) != max_tokens:
+        error = f"the answer ended after {len(stream.token_ids)} of {max_tokens} tokens"
     gaps = len(stream.token_ids) - stream.first_tokens
     tpot = (stream.last_ms - stream.first_ms) / gaps if gaps > 0 else None
     return Answer(
-        index=prompt.index,
+        index=each.index,
         prompt_tokens=stream.prompt_tokens,
         token_ids=tuple(stream.token_ids),
         ttft_ms=stream.first_ms if stream.token_ids else None,
@@ -110,15 +132,14 @@ async def ask(session: aiohttp.ClientSession, prompt: Prompt, settings: Settings
     )
 
 
+def greedy(model: str) -> dict[str, Any]:
+    """What every request of a comparison has in its body: greedy, streamed, of fixed length, token ids back."""
+    return {"model": model, "temperature": 0, "stream": True, "ignore_eos": True, "return_token_ids": True}
+
+
 def request(prompt: Prompt, settings: Settings) -> tuple[str, dict[str, Any]]:
     """Path and body of a prompt's request."""
-    body: dict[str, Any] = {
-        "model": settings.model,
-        "temperature": 0,
-        "stream": True,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
+    body = greedy(settings.model)
     if settings.chat_every and prompt.index % settings.chat_every == settings.chat_every - 1:
         # A word and its space are five bytes at most, so the text has no more tokens than the prompt has ids.
         words = prompt.token_ids[: max(1, len(prompt.token_ids) // 5)]

@@ -32,7 +32,9 @@ class StartFailed(RuntimeError):
 class Supervisor:
     """Runs `launches`; an async context manager that stops them all on the way out.
 
-    `broken` is set once the fleet cannot serve any more: the router stays down, or all that could decode do.
+    `members` is how many instances a router has to list before the fleet is ready: those among `launches` where it
+    is left out. `broken` is set once the fleet cannot serve any more: the router stays down, or all that could
+    decode do.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Supervisor:
         launches: Sequence[Launch],
         local: LocalSpec,
         on_change: OnChange | None = None,
+        members: int | None = None,
     ) -> None:
         self.local = local
         self.processes = [FleetProcess(launch, local.stop_timeout / 1000) for launch in launches]
         self.broken = asyncio.Event()
         self._on_change = on_change
+        self._members = sum(launch.role != "router" for launch in launches) if members is None else members
         # Importing vLLM keeps one core busy, so more starts at once than cores only slow each other down.
         self._slots = asyncio.Semaphore(local.parallel_starts or len(os.sched_getaffinity(0)))
         self._tasks: list[asyncio.Task[None]] = []
@@ -83,13 +87,12 @@ class Supervisor:
     async def _all_known(self) -> None:
         """Until each router knows every instance: a request before that would take another path."""
         assert self._session is not None
-        instances = sum(process.launch.role != "router" for process in self.processes)
         for process in self.processes:
             if process.launch.role != "router":
                 continue
             try:
                 async with asyncio.timeout(_KNOWN_S):
-                    while len(ready_members(await ask(self._session, process.launch))) < instances:
+                    while len(ready_members(await ask(self._session, process.launch))) < self._members:
                         await asyncio.sleep(0.1)
             except TimeoutError as error:
                 raise StartFailed(

@@ -84,7 +84,7 @@ def test_an_encoder_is_told_where_to_serve_its_outputs() -> None:
 
 @pytest.mark.usefixtures("_epd")
 def test_a_text_model_has_nothing_to_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pools = {"encode": {}, "any": {}}
+    pools: dict[str, Any] = {"encode": {}, "any": {}}
     spec = fleet(model=str(tmp_path), plugins=["disagg", "epd"], pools=pools)
     config = tmp_path / "config.json"
     plan_instances(spec)  # no file: it may be a hub name
