@@ -28,8 +28,10 @@ START_TIMEOUT_S = 240.0
 CALL_TIMEOUT_S = 240.0
 BLOCK = 32  # tokens per KV block, the smallest that attention on CPU takes
 TOP = 5  # log-probabilities compared at each position
-# float32 sums in another order: 2e-5 was seen; what is wrong is off by far more than the tolerance.
-TOLERANCE = 1e-4
+# float32 on both sides: sums in another order, and RoPE's angles, which float32 rounds to 3e-5 at position 400. The
+# reference in float64 differs from itself in float32 by as much as engines do, up to 1.1e-4, by the machine's kernels.
+# What is wrong is off by hundreds of times the tolerance.
+TOLERANCE = 3e-4
 
 POISON = 1e4  # large enough that one slot that is read and was not written changes every token
 

@@ -15,7 +15,7 @@ _MERGED = f"{_LINEAR}:MergedColumnParallelLinear"
 _CONTEXT = "vllm.forward_context"
 
 _LAYER_ROWS = (
-    Contract(_ATTENTION, "class", "one per tail layer"),
+    Contract(_ATTENTION, "class", "one per KV cache of the tail"),
     Contract(
         f"{_ATTENTION}.__init__",
         "method",
@@ -29,12 +29,11 @@ _LAYER_ROWS = (
             "cache_config",
             "quant_config",
             "prefix",
-            "kv_sharing_target_layer_name",
         ),
         more=True,
     ),
     Contract(f"{_ATTENTION}.forward", "method", "tail: no key, no value", ("self", "query", "key", "value"), more=True),
-    Contract(f"{_ATTENTION}.attn_backend", "instance", "replaced on tail layers"),
+    Contract(f"{_ATTENTION}.attn_backend", "instance", "replaced where the skip is armed"),
     Contract(f"{_ATTENTION}.layer_name", "instance", "key of its metadata"),
     Contract(f"{_ATTENTION}.kv_cache", "instance", "written by the late-KV kernel"),
     Contract(f"{_ATTENTION}.head_size", "instance", "splits the cache into keys and values"),
@@ -155,7 +154,7 @@ _MODEL_ROWS = (
     Contract(f"{_MODELS}.utils:WeightsMapper.orig_to_new_stacked", "attribute", "fused projections"),
     Contract(f"{_MODELS}.utils:WeightsMapper.orig_to_new_regex", "attribute", "refuses adapters of the tail"),
     Contract(f"{_MODELS}.utils:WeightsMapper.get_rename_mapper", "method", "used by vLLM's LoRA loader", ("self",)),
-    Contract(f"{_BACKEND}:AttentionBackend", "class", "wrapped for the tail"),
+    Contract(f"{_BACKEND}:AttentionBackend", "class", "subclassed for head and tail"),
     Contract(f"{_BACKEND}:AttentionBackend.forward_includes_kv_cache_update", "attribute", "refused where true"),
     Contract(
         f"{_BACKEND}:AttentionMetadataBuilder.build",
@@ -190,12 +189,6 @@ _MODEL_ROWS = (
             "is_prefilling",
             "seq_lens_cpu_upper_bound",
         )
-    ),
-    Contract(
-        f"{_BACKENDS}:create_fast_prefill_custom_backend",
-        "function",
-        "base of the tail's backend",
-        ("prefix", "underlying_attn_backend"),
     ),
     Contract(
         f"{_BACKENDS}:make_kv_sharing_fast_prefill_common_attn_metadata",

@@ -20,10 +20,7 @@ from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP, Qwen3MoeSparseMoeBlock
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, subclass_attention_backend
-from vllm.v1.attention.backends.utils import (
-    create_fast_prefill_custom_backend,
-    make_kv_sharing_fast_prefill_common_attn_metadata,
-)
+from vllm.v1.attention.backends.utils import make_kv_sharing_fast_prefill_common_attn_metadata
 
 __all__ = [
     "Attention",
@@ -51,7 +48,6 @@ __all__ = [
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightsMapper",
-    "create_fast_prefill_custom_backend",
     "get_forward_context",
     "get_tensor_model_parallel_world_size",
     "make_kv_sharing_fast_prefill_common_attn_metadata",

@@ -19,18 +19,15 @@ from vllm_swiftkv.families import Family
 
 
 class TailCache(nn.Module):
-    """The KV cache of one tail layer, and nothing else: what a prefill-only instance keeps of it.
+    """The keys and values of one group of tail layers: what a prefill-only instance keeps of the group's leader.
 
     Args:
         like: vLLM's attention module of a head layer; geometry and RoPE are taken from it.
-        leader: prefix of the layer whose cache this one uses; None where it owns one.
-        prefix: of the attention module, ``model.layers.N.self_attn``.
-        k_norm: with a weight that normalises this layer's keys (a leader of a family with q/k norms).
+        prefix: of the leader's attention module, ``model.layers.N.self_attn``.
+        k_norm: with a weight that normalises the keys (a family with q/k norms).
     """
 
-    def __init__(
-        self, vllm_config: VllmConfig, like: Any, prefix: str, leader: str | None = None, k_norm: bool = False
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, like: Any, prefix: str, k_norm: bool) -> None:
         super().__init__()
         self.attn = Attention(
             like.num_heads,
@@ -39,25 +36,34 @@ class TailCache(nn.Module):
             num_kv_heads=like.num_kv_heads,
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
-            kv_sharing_target_layer_name=None if leader is None else f"{leader}.attn",
             prefix=f"{prefix}.attn",
         )
         if k_norm:
             self.k_norm = RMSNorm(like.head_dim, eps=like.k_norm.variance_epsilon)
 
 
-class TailAttention(TailCache):
-    """Queries, attention and output projection of one tail layer."""
+class TailAttention(nn.Module):
+    """Queries and output projection of one tail layer.
+
+    Args:
+        like: vLLM's attention module of a head layer; geometry and RoPE are taken from it.
+        cache: of this layer's group. Followers attend through the leader's own attention module. A module of their
+            own would be one that shares a KV cache, and vLLM puts such layers at a model's end into an attention
+            group of their own, whose metadata costs the host as much as the others' in every step.
+        leads: this layer is the group's leader, under whose name the cache is registered.
+        prefix: of this module, ``model.layers.N.self_attn``.
+    """
 
     def __init__(
-        self,
-        vllm_config: VllmConfig,
-        family: Family,
-        like: Any,
-        prefix: str,
-        leader: str | None = None,
+        self, vllm_config: VllmConfig, family: Family, like: Any, cache: TailCache, leads: bool, prefix: str
     ) -> None:
-        super().__init__(vllm_config, like, prefix, leader, k_norm=family.qk_norm and leader is None)
+        super().__init__()
+        if leads:
+            self.attn = cache.attn
+            if hasattr(cache, "k_norm"):
+                self.k_norm = cache.k_norm
+        # In a tuple: a module is registered once, under its leader's name.
+        self._attend = (cache.attn,)
         config = vllm_config.model_config.hf_config
         width = like.total_num_heads * like.head_dim
         # The attribute has another name than the checkpoint's tensor: vLLM's loader reads every `.q_proj` as a
@@ -87,7 +93,7 @@ class TailAttention(TailCache):
             q = self.q_norm(q.view(*q.shape[:-1], -1, self.head_dim)).view(q.shape)
         q, _ = self.rotary_emb(positions, q, None)
         # No key and value: they are in the cache already.
-        output, _ = self.o_proj(self.attn(q, None, None))
+        output, _ = self.o_proj(self._attend[0](q, None, None))
         return output
 
 

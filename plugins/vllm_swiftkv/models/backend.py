@@ -1,14 +1,15 @@
-"""The attention backend of tail layers: vLLM's own, told of the rows that are left.
+"""The attention backends of an armed model: vLLM's own, with metadata of the tail told of the rows that are left.
 
 vLLM's fast-prefill machinery (``--kv-sharing-fast-prefill``) gives each step the rows that will be sampled and wraps
 the backend of layers that share another layer's KV cache, so that its metadata describes those rows. Tail layers own
 their caches, so they carry a backend of their own that does the same. vLLM's wrapper makes a class anew in every step;
-this one does not, since that alone costs about one per cent of a short decode step on CPU.
+this one does not. In a step that leaves no row out, as decode steps do, the tail takes the head's metadata as it is.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,34 @@ from vllm_swiftkv.counters import COUNTERS
 _PREFIX = "SwiftKV"
 
 
+@dataclass(frozen=True)
+class Backends:
+    """Backend classes of the layers before and after the cut."""
+
+    head: Any
+    tail: Any
+
+
 @functools.cache
-def tail_backend(base: type[AttentionBackend], counting_layer: str, prefill_only: bool = False) -> Any:
-    """``base`` with metadata for the surviving rows only.
+def backends(base: type[AttentionBackend], counting_layer: str, prefill_only: bool = False) -> Backends:
+    """``base`` for the head, and for the tail with metadata of the surviving rows only.
 
-    One class per model, so that vLLM puts all tail layers into one attention group and builds their metadata
-    once a step. ``counting_layer`` names the layer whose group counts the step; with ``prefill_only`` no row
-    survives.
+    One class each per model, so that vLLM puts the layers into two attention groups and builds metadata twice a step
+    at most. ``counting_layer`` names the layer whose group counts the step; with ``prefill_only`` no row survives.
     """
+    # The head's latest step and its metadata, until the tail has seen them. vLLM gives both groups of a step one
+    # object; where it does not, or builds the tail's first, the tail builds its own.
+    latest: list[tuple[CommonAttentionMetadata, Any]] = []
 
-    class SwiftKVMetadataBuilder(base.get_builder_cls()):  # type: ignore[misc]
+    class HeadMetadataBuilder(base.get_builder_cls()):  # type: ignore[misc]
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        ) -> Any:
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            latest[:] = [(common_attn_metadata, metadata)]
+            return metadata
+
+    class TailMetadataBuilder(base.get_builder_cls()):  # type: ignore[misc]
         def build(
             self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
         ) -> Any:
@@ -43,16 +62,23 @@ def tail_backend(base: type[AttentionBackend], counting_layer: str, prefill_only
             rows = surviving_rows(whole)
             if counting_layer in self.layer_names:
                 # From the host's offsets: num_actual_tokens may include a graph's padding.
-                tokens = int(whole.query_start_loc_cpu[-1])
+                tokens = int(whole.query_start_loc_cpu.numpy()[-1])
                 tail = 0 if prefill_only else tokens if rows is whole else rows.num_actual_tokens
                 COUNTERS.step(tokens, prompt_tokens(whole), tail)
+            of_head = latest.pop() if latest else None
+            if rows is whole:
+                if of_head is not None and of_head[0] is whole:
+                    return of_head[1]
+                return super().build(common_prefix_len, whole, fast_build)
             metadata: Any = super().build(common_prefix_len, rows, fast_build)
-            every_row = rows is whole
-            metadata.logits_indices_padded = None if every_row else whole.logits_indices_padded
-            metadata.num_logits_indices = None if every_row else whole.num_logits_indices
+            metadata.logits_indices_padded = whole.logits_indices_padded
+            metadata.num_logits_indices = whole.num_logits_indices
             return metadata
 
-    return subclass_attention_backend(_PREFIX, base, SwiftKVMetadataBuilder)
+    return Backends(
+        head=subclass_attention_backend(f"{_PREFIX}Head", base, HeadMetadataBuilder),
+        tail=subclass_attention_backend(f"{_PREFIX}Tail", base, TailMetadataBuilder),
+    )
 
 
 def surviving_rows(whole: CommonAttentionMetadata) -> CommonAttentionMetadata:

@@ -19,7 +19,7 @@ from vllm_suite.compat.models import (
 )
 from vllm_swiftkv.families import Family, Split
 from vllm_swiftkv.models.attention import CacheOnlyLayer, TailAttention, TailCache, TailLayer, leave_lora_out
-from vllm_swiftkv.models.backend import tail_backend
+from vllm_swiftkv.models.backend import backends
 from vllm_swiftkv.models.guards import check_layer
 from vllm_swiftkv.models.late_kv import LateKV
 from vllm_swiftkv.settings import SwiftKVSettings
@@ -101,22 +101,22 @@ class SwiftKVModel(nn.Module):
         like: Any = layers[0].self_attn
         for layer in layers.values():
             check_layer(layer.self_attn, family)
+        caches: list[TailCache] = []
         for i in range(split.cut, split.layers):
-            name, leader = f"{prefix}.layers.{i}", split.leader_of(i)
-            target = None if leader == i else f"{prefix}.layers.{leader}.self_attn"
+            name, leads = f"{prefix}.layers.{i}", split.leader_of(i) == i
+            if leads:
+                caches.append(TailCache(vllm_config, like, f"{name}.self_attn", family.qk_norm))
             if not prefill_only:
-                attention = TailAttention(vllm_config, family, like, f"{name}.self_attn", target)
+                attention = TailAttention(vllm_config, family, like, caches[-1], leads, f"{name}.self_attn")
                 mlp = make_mlp(vllm_config, f"{name}.mlp")
                 layers[i] = TailLayer(attention, mlp, config.hidden_size, config.rms_norm_eps)
-            elif target is None:
-                cache = TailCache(vllm_config, like, f"{name}.self_attn", k_norm=family.qk_norm)
-                layers[i] = CacheOnlyLayer(cache)
+            elif leads:
+                layers[i] = CacheOnlyLayer(caches[-1])
         # By name, since a prefill-only instance has no layer for a follower.
         self.layers = nn.ModuleDict({str(i): layer for i, layer in layers.items()})
         self.head_layers = tuple(layers[i] for i in range(split.cut))
         self.tail_layers = () if prefill_only else tuple(layers[i] for i in range(split.cut, split.layers))
         self.norm_swiftkv = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        caches = [layers[i].self_attn for i in split.leaders]
         # Quantization schemes are looked up under the first leader; see packed_modules_mapping of the model.
         late_prefix = f"{prefix}.layers.{split.cut}.self_attn.kv_proj_swiftkv"
         self.late_kv = LateKV(vllm_config, family, like, caches, late_prefix, settings.late_kv_kernel)
@@ -125,10 +125,11 @@ class SwiftKVModel(nn.Module):
         self._unwrap = armed and vllm_config.lora_config is not None
         self._tail_name = caches[0].attn.layer_name
         if armed:
-            for i in range(split.cut, split.layers):
-                if i in layers:
-                    attn = layers[i].self_attn.attn
-                    attn.attn_backend = tail_backend(attn.attn_backend, self._tail_name, prefill_only)
+            pair = backends(like.attn.attn_backend, self._tail_name, prefill_only)
+            for layer in self.head_layers:
+                layer.self_attn.attn.attn_backend = pair.head
+            for cache in caches:
+                cache.attn.attn_backend = pair.tail
         with set_model_tag("swiftkv_head"):
             self.head = Head(vllm_config=vllm_config, prefix=f"{prefix}.head", body=self)
         if not prefill_only:
