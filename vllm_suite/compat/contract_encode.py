@@ -70,9 +70,15 @@ _SCHEDULER_ROWS = (
 
 # engine_idle.py, beside the rows of the KV connector
 _IDLE_ROWS = (
-    Contract("vllm.v1.core.sched.interface:SchedulerInterface.get_kv_connector", "method", "asked first", ("self",)),
     Contract(
-        "vllm.v1.core.sched.interface:SchedulerInterface.has_unfinished_requests", "method", "asked first", ("self",)
+        "vllm.v1.core.sched.interface:SchedulerInterface.get_kv_connector",
+        "method",
+        "asked how long it waits",
+        ("self",),
+    ),
+    Contract("vllm.v1.core.sched.interface:SchedulerInterface.get_ec_connector", "method", "asked as well", ("self",)),
+    Contract(
+        "vllm.v1.core.sched.interface:SchedulerInterface.has_unfinished_requests", "method", "told to both", ("self",)
     ),
 )
 

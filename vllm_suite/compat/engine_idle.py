@@ -1,8 +1,8 @@
-"""Let an engine that only waits for its KV connector sleep until something happens.
+"""Let an engine that only waits for its connectors sleep until something happens.
 
 vLLM steps such an engine a thousand times a second: a prefill instance with a finished prefill that nobody has
-fetched yet, or a decode instance whose only requests wait for a pull, keeps 15-90 % of a core busy in the engine
-core and again in each worker.
+fetched yet, or an instance whose only requests wait for a pull or for encoder outputs, keeps 15-90 % of a core busy
+in the engine core and again in each worker.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any, Protocol
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
+MAX_SLEEP_S = 60.0
+
 
 class IdleAware(Protocol):
-    """What a connector offers to take part."""
+    """What a KV or EC connector offers to take part. An engine sleeps where all of its connectors do."""
 
     def idle_wait_s(self, unfinished: bool) -> float:
-        """Seconds this engine may sleep now, 0 for none; ``unfinished``: some request still wants tokens."""
+        """Seconds this engine may sleep now as far as this connector goes: 0 for none, infinite where it waits for
+        nothing. ``unfinished``: some request still wants tokens."""
 
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Take a function, callable from any thread, that ends the sleep."""
@@ -37,18 +40,21 @@ def _process_engine_step(self: Any) -> bool:
     executed: bool = _upstream_step(self)
     if executed or type(self) is not EngineCoreProc or self.batch_queue:
         return executed
-    connector = self.scheduler.get_kv_connector()
-    if not hasattr(connector, "idle_wait_s"):
+    both = (self.scheduler.get_kv_connector(), self.scheduler.get_ec_connector())
+    connectors = [connector for connector in both if connector is not None]
+    if not connectors or not all(hasattr(connector, "idle_wait_s") for connector in connectors):
         return executed
     queue = self.input_queue
     if not getattr(self, "_suite_wake_set", False):
         self._suite_wake_set = True
-        connector.set_wake(lambda: queue.put_nowait((EngineCoreRequestType.WAKEUP, None)))
-    seconds = connector.idle_wait_s(self.scheduler.has_unfinished_requests())
+        for connector in connectors:
+            connector.set_wake(lambda: queue.put_nowait((EngineCoreRequestType.WAKEUP, None)))
+    unfinished = self.scheduler.has_unfinished_requests()
+    seconds = min(connector.idle_wait_s(unfinished) for connector in connectors)
     if seconds > 0:
         with queue.not_empty:
             if not queue.queue:
-                queue.not_empty.wait(seconds)
+                queue.not_empty.wait(min(seconds, MAX_SLEEP_S))
     return executed
 
 
