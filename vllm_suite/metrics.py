@@ -67,6 +67,63 @@ KV: tuple[SeriesSpec, ...] = (
     ),
 )
 
+_FETCH_SECONDS = (0.0005, *_PULL_SECONDS)
+
+# `peer` is the producer's instance id, taken from claims that it granted. `tier` is device or host.
+EC: tuple[SeriesSpec, ...] = (
+    SeriesSpec("vllm_suite_ec_fetches_total", "counter", "Fetches of items by outcome: ok, or failed.", ("outcome",)),
+    SeriesSpec("vllm_suite_ec_fetch_bytes_total", "counter", "Bytes of items fetched, all ranks together.", ("peer",)),
+    SeriesSpec(
+        "vllm_suite_ec_fetch_seconds",
+        "histogram",
+        "Seconds to fetch an item that is made: claim, read and checks, on the slowest rank.",
+        (),
+        _FETCH_SECONDS,
+    ),
+    SeriesSpec(
+        "vllm_suite_ec_refused_total",
+        "counter",
+        "Items that a request could not have from where it said they are, by reason.",
+        ("reason",),
+    ),
+    SeriesSpec(
+        "vllm_suite_ec_local_encodes_total",
+        "counter",
+        "Items that a consumer encoded itself, by reason; no_reference: none was given.",
+        ("reason",),
+    ),
+    SeriesSpec(
+        "vllm_suite_ec_failed_items_total",
+        "counter",
+        "Items whose request failed because they could not be had, by reason.",
+        ("reason",),
+    ),
+    SeriesSpec("vllm_suite_ec_loads_total", "counter", "Items put into vLLM's encoder cache without encoding."),
+    SeriesSpec("vllm_suite_ec_cut_chunks_total", "counter", "Steps that ended a chunk before an item under way."),
+    SeriesSpec("vllm_suite_ec_encoded_items_total", "counter", "Items encoded here and stored."),
+    SeriesSpec("vllm_suite_ec_encoded_rows_total", "counter", "Embedding rows of those."),
+    SeriesSpec(
+        "vllm_suite_ec_reused_items_total", "counter", "Items of encode requests that were stored already: no encode."
+    ),
+    SeriesSpec("vllm_suite_ec_pool_hits_total", "counter", "Claims of items that the pool had, by tier.", ("tier",)),
+    SeriesSpec("vllm_suite_ec_pool_misses_total", "counter", "Claims of items that the pool had not."),
+    SeriesSpec("vllm_suite_ec_pool_evictions_total", "counter", "Items that made room, by tier.", ("tier",)),
+    SeriesSpec("vllm_suite_ec_pool_demotions_total", "counter", "Items that moved one tier down.", ("tier",)),
+    SeriesSpec("vllm_suite_ec_pool_bytes", "gauge", "Bytes of the pool in use.", ("tier",)),
+    SeriesSpec("vllm_suite_ec_pool_capacity_bytes", "gauge", "Bytes of the pool.", ("tier",)),
+    SeriesSpec("vllm_suite_ec_pool_items", "gauge", "Items in the pool.", ("tier",)),
+    SeriesSpec("vllm_suite_ec_not_stored_total", "counter", "Encoder outputs not stored, by reason.", ("reason",)),
+    SeriesSpec("vllm_suite_ec_served_total", "counter", "Claims that ended, by end: read, given_up.", ("end",)),
+    SeriesSpec("vllm_suite_ec_claims_refused_total", "counter", "Claims this producer refused.", ("reason",)),
+    SeriesSpec("vllm_suite_ec_leases_outstanding", "gauge", "Items pinned by consumers now."),
+    SeriesSpec(
+        "vllm_suite_ec_contained_faults_total",
+        "counter",
+        "Faults of the encoder cache that the connector kept from ending the engine.",
+        ("fault",),
+    ),
+)
+
 SWIFTKV: tuple[SeriesSpec, ...] = (
     SeriesSpec("vllm_suite_swiftkv_prompt_tokens_total", "counter", "Prompt tokens computed by the head."),
     SeriesSpec("vllm_suite_swiftkv_head_tokens_total", "counter", "Tokens computed by the head, outputs included."),

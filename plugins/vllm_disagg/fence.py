@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from vllm_suite.compat.fence import model_digest
 from vllm_suite.handoff import Handoff, Refusal, digest, parse
 
 # Where the fence travels inside vLLM's own `kv_transfer_params`.
@@ -71,24 +70,6 @@ def content_digest(request: Any) -> str:
     media = [(item.identifier, item.mm_position.offset, item.mm_position.length) for item in request.mm_features or ()]
     lora = request.lora_request.lora_name if request.lora_request is not None else ""
     return digest(prompt, json.dumps(media), lora, request.cache_salt or "")
-
-
-def model_digest(vllm_config: Any) -> str:
-    """Model name, revision, configuration and, for a local checkpoint, each weight file's size and header.
-
-    Two checkpoints that differ only in weight values under the same name are told apart by their revision; a local
-    folder has none, so equal sizes and headers pass.
-    """
-    model = vllm_config.model_config
-    hf_config = model.hf_config.to_json_string(use_diff=False)
-    files = []
-    folder = Path(model.model)
-    if folder.is_dir():
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as stream:
-                header = hashlib.blake2b(stream.read(65536), digest_size=16).hexdigest()
-            files.append((path.name, path.stat().st_size, header))
-    return digest(model.model, str(model.revision), hf_config, json.dumps(files), str(model.quantization))
 
 
 def layout_digest(vllm_config: Any) -> str:

@@ -73,11 +73,12 @@ def table() -> tuple[Contract, ...]:
         contract_core,
         contract_disagg,
         contract_encode,
+        contract_epd,
         contract_models,
         contract_swiftkv,
     )
 
-    modules = (contract_core, contract_disagg, contract_encode, contract_models, contract_swiftkv)
+    modules = (contract_core, contract_disagg, contract_encode, contract_epd, contract_models, contract_swiftkv)
     return tuple(row for module in modules for row in module.ROWS)
 
 

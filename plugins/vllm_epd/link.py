@@ -1,0 +1,392 @@
+"""The control link between the scheduler's half of the connector and the workers' halves, on one host.
+
+vLLM's own way back from the workers does not exist for encoder-only instances on the V1 runner, and carries no
+statistics there. The link is an abstract Unix socket that keeps message borders; its name comes from the engine's
+configuration, which both sides share. A worker sends what a step did before the step's output leaves it, so the
+scheduler finds it when it processes that output.
+
+Neither side ever waits for the other: what does not fit into the socket stays in an outbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from vllm_epd.config import ConfigError
+from vllm_suite.encoded import Pending
+from vllm_suite.handoff import Handoff
+
+logger = logging.getLogger("vllm.suite.epd")
+
+# One packet holds as many messages as fit; a single one is far smaller.
+MAX_PACKET = 64 << 10
+# Packets waiting for a peer that does not read; the oldest are dropped beyond that, and counted.
+MAX_OUTBOX = 4096
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    """Scheduler to workers: get one item into the receive pool.
+
+    Attributes:
+        ticket: names this attempt; new for each.
+        ref, pending: where it is; exactly one of both.
+        rows, width: what the model needs.
+        wait_s: seconds a pending item may take to be made; 0 with ``ref``.
+        fetch_s: seconds all the rest may take.
+    """
+
+    ticket: int
+    identifier: str
+    ref: Handoff | None
+    pending: Pending | None
+    rows: int
+    width: int
+    wait_s: float
+    fetch_s: float
+
+
+class Drop(msgspec.Struct, frozen=True, tag="drop"):
+    """Scheduler to workers: these attempts are wanted no more, whatever state they are in."""
+
+    tickets: tuple[int, ...]
+
+
+class Serving(msgspec.Struct, frozen=True, tag="serving"):
+    """Worker to scheduler, first message of a producer: where its items are claimed."""
+
+    host: str
+    port: int
+
+
+class Saved(msgspec.Struct, frozen=True, tag="saved"):
+    """Worker to scheduler: an encoder output was put into the pool, or why it was not (``refusal``)."""
+
+    identifier: str
+    refusal: str
+    item_id: str
+    rows: int
+    size: int
+
+
+class Evicted(msgspec.Struct, frozen=True, tag="evicted"):
+    """Worker to scheduler: the pool keeps these no more."""
+
+    identifiers: tuple[str, ...]
+
+
+class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
+    """Worker to scheduler: how an attempt ended; ``refusal`` is "" where the item is ready to be loaded."""
+
+    ticket: int
+    refusal: str
+    size: int
+    seconds: float
+    producer: str
+
+
+class Lost(msgspec.Struct, frozen=True, tag="lost"):
+    """Worker to scheduler: an item that was ready could not be loaded; zeros stand in its place."""
+
+    identifier: str
+
+
+class Counters(msgspec.Struct, frozen=True, tag="counters"):
+    """Worker to scheduler: what was counted since the last message, and gauges; see `vllm_epd.stats`."""
+
+    counts: dict[str, dict[str, float]]
+    gauges: dict[str, dict[str, float]]
+
+
+ToWorker = Fetch | Drop
+ToScheduler = Serving | Saved | Evicted | Fetched | Lost | Counters
+
+_encoder = msgspec.msgpack.Encoder()
+_worker_decoder: msgspec.msgpack.Decoder[list[ToWorker]] = msgspec.msgpack.Decoder(list[ToWorker])
+_scheduler_decoder: msgspec.msgpack.Decoder[list[ToScheduler]] = msgspec.msgpack.Decoder(list[ToScheduler])
+
+
+def link_name(engine_id: str, dp_index: int, rank: int) -> str:
+    """Abstract socket name of one worker; the leading zero byte is not part of it."""
+    return f"vllm-suite-ec-{engine_id}-{dp_index}-{rank}"
+
+
+class _Channel:
+    """One connected socket with an outbox; calls may come from several threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.open = True
+        self.dropped = 0
+        self._outbox: deque[bytes] = deque()
+        self._lock = threading.Lock()
+
+    def send(self, messages: Iterable[Any]) -> bool:
+        """Queue and send what fits; False where something is left for `flush`."""
+        with self._lock:
+            self._outbox.extend(_packets(messages))
+            while len(self._outbox) > MAX_OUTBOX:
+                self._outbox.popleft()
+                self.dropped += 1
+            return self._flush()
+
+    def flush(self) -> bool:
+        with self._lock:
+            return self._flush()
+
+    def _flush(self) -> bool:
+        while self._outbox and self.open:
+            try:
+                self.sock.send(self._outbox[0])
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError:
+                self.open = False
+                break
+            self._outbox.popleft()
+        return True
+
+    def receive(self) -> list[bytes]:
+        """Every packet that is there now."""
+        packets = []
+        while self.open:
+            try:
+                packet = self.sock.recv(2 * MAX_PACKET)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                packet = b""
+            if not packet:
+                self.open = False
+                break
+            packets.append(packet)
+        return packets
+
+    def close(self) -> None:
+        self.open = False
+        self.sock.close()
+
+
+def _packets(messages: Iterable[Any]) -> list[bytes]:
+    packets: list[bytes] = []
+    batch: list[msgspec.Raw] = []
+    size = 0
+    for message in messages:
+        body = msgspec.Raw(_encoder.encode(message))
+        if batch and size + len(body) > MAX_PACKET - 16:
+            packets.append(_encoder.encode(batch))
+            batch, size = [], 0
+        batch.append(body)
+        size += len(body)
+    if batch:
+        packets.append(_encoder.encode(batch))
+    return packets
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    uid: int = _CREDENTIALS.unpack(raw)[1]
+    return uid
+
+
+class WorkerEnd:
+    """A worker's end. Listens from its making; messages go to ``on_message`` in the link's own thread.
+
+    Args:
+        first: sent first to each scheduler that connects.
+    """
+
+    def __init__(self, name: str, on_message: Callable[[ToWorker], None], first: Sequence[ToScheduler] = ()) -> None:
+        self._on_message = on_message
+        self._first = tuple(first)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind("\0" + name)
+        self._listener.listen(1)
+        self._channel: _Channel | None = None
+        self._early: list[ToScheduler] = []
+        self._lock = threading.Lock()
+        self._closing_read, self._closing_write = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="suite-ec-link", daemon=True)
+        self._thread.start()
+
+    def send(self, messages: Sequence[ToScheduler]) -> None:
+        """Send without waiting; what does not fit goes as soon as there is room."""
+        if not messages:
+            return
+        with self._lock:
+            channel = self._channel
+            if channel is None:
+                self._early.extend(messages)
+                return
+            if not channel.send(messages):
+                os.write(self._closing_write, b"f")  # the thread watches for room from now on
+
+    def close(self) -> None:
+        """End the thread; the socket's name is free afterwards."""
+        with contextlib.suppress(OSError):
+            os.write(self._closing_write, b"q")
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        poller = select.poll()
+        poller.register(self._closing_read, select.POLLIN)
+        poller.register(self._listener, select.POLLIN)
+        try:
+            while self._turn(poller):
+                pass
+        finally:
+            self._listener.close()
+            if self._channel is not None:
+                self._channel.close()
+
+    def _turn(self, poller: select.poll) -> bool:
+        for fd, _event in poller.poll():
+            if fd == self._closing_read:
+                if b"q" in os.read(fd, 64):
+                    return False
+                if self._channel is not None:
+                    poller.modify(self._channel.sock, select.POLLIN | select.POLLOUT)
+            elif fd == self._listener.fileno():
+                self._accept(poller)
+            elif self._channel is not None:
+                self._serve(poller, self._channel)
+        return True
+
+    def _accept(self, poller: select.poll) -> None:
+        sock, _ = self._listener.accept()
+        if _peer_uid(sock) != os.getuid():
+            logger.error("epd: refused a control link from another user")
+            sock.close()
+            return
+        with self._lock:
+            if self._channel is not None:
+                poller.unregister(self._channel.sock)
+                self._channel.close()
+            self._channel = _Channel(sock)
+            early, self._early = self._early, []
+            self._channel.send([*self._first, *early])
+        poller.register(sock, select.POLLIN)
+
+    def _serve(self, poller: select.poll, channel: _Channel) -> None:
+        if channel.flush() and channel.open:
+            poller.modify(channel.sock, select.POLLIN)
+        for packet in channel.receive():
+            for message in _worker_decoder.decode(packet):
+                self._on_message(message)
+        if not channel.open:
+            with self._lock:
+                poller.unregister(channel.sock)
+                channel.close()
+                self._channel = None
+
+
+class SchedulerEnd:
+    """The scheduler's end of the links to all its workers.
+
+    Args:
+        names: socket name of each worker, in the order of ranks.
+
+    Raises:
+        ConfigError: a worker does not listen on this host.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._channels = [_connect(name) for name in names]
+        self._inbox: list[tuple[int, ToScheduler]] = []
+        self._lock = threading.Lock()
+        self._wake: Callable[[], None] = lambda: None
+        self._read = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="suite-ec-link", daemon=True)
+        self._thread.start()
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset(range(len(self._channels)))
+
+    @property
+    def broken(self) -> bool:
+        """A worker's end is closed: that worker is going down, and the engine with it."""
+        return any(not channel.open for channel in self._channels)
+
+    def set_wake(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    def send(self, *messages: ToWorker) -> None:
+        """To every worker, without waiting."""
+        for channel in self._channels:
+            channel.send(messages)
+
+    def receive(self) -> list[tuple[int, ToScheduler]]:
+        """Everything that has arrived, with the rank that sent it."""
+        with self._lock:
+            for rank, channel in enumerate(self._channels):
+                channel.flush()
+                for packet in channel.receive():
+                    self._inbox.extend((rank, message) for message in _scheduler_decoder.decode(packet))
+            inbox, self._inbox = self._inbox, []
+        self._read.set()
+        return inbox
+
+    def arrived(self) -> bool:
+        """Whether `receive` would return something."""
+        return any(channel.open and _readable(channel.sock) for channel in self._channels)
+
+    def close(self) -> None:
+        self._closed = True
+        self._read.set()
+        for channel in self._channels:
+            with contextlib.suppress(OSError):
+                channel.sock.shutdown(socket.SHUT_RDWR)  # ends the watcher's poll
+        self._thread.join(2.0)
+        for channel in self._channels:
+            channel.close()
+
+    def _watch(self) -> None:
+        """Wake the engine when a worker has said something; reading it is left to the engine's thread."""
+        poller = select.poll()
+        for channel in self._channels:
+            poller.register(channel.sock, select.POLLIN)
+        while not self._closed:
+            self._read.clear()
+            ready = poller.poll(1000)
+            for fd, event in ready:
+                if event & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+                    poller.unregister(fd)
+            if ready and not self._closed:
+                self._wake()
+                # The socket stays readable until the engine's thread has read it.
+                self._read.wait(1.0)
+
+
+def _readable(sock: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _connect(name: str) -> _Channel:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect("\0" + name)
+        if _peer_uid(sock) != os.getuid():
+            raise ConfigError(f"EC control link {name}: another user's process listens there")
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"EC control link {name}: no worker of this engine listens on this host ({error.strerror or error}); "
+            "SuiteECConnector needs all workers of one engine on the scheduler's host"
+        ) from error
+    return _Channel(sock)

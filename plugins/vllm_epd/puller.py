@@ -1,0 +1,406 @@
+"""Fetches items into this worker's receive pool: claim over TCP, read by NIXL, verify.
+
+Orders come from the link's thread, the work is done in an event loop's thread, and the runner's thread takes what is
+ready. An order always ends in exactly one report, unless it was dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_epd.agent import Agent, Read, TransferError, memory_kind
+from vllm_epd.checksum import checksum, finite
+from vllm_epd.config import EpdConfig
+from vllm_epd.link import Fetch, Fetched
+from vllm_epd.peers import Me, Peer, Peers
+from vllm_epd.pool import DTYPES, Pool
+from vllm_epd.tiers import Run, Tier
+from vllm_suite.encoded import Granted, Where
+from vllm_suite.handoff import Refusal
+from vllm_suite.loop_thread import LoopThread
+
+logger = logging.getLogger("vllm.suite.epd")
+
+# An item that is being made is asked for in turns of this length, so that a producer that stops is noticed.
+WAIT_TURN_S = 2.0
+# Shortest turn: a producer that says at once that it has nothing is not asked in a loop.
+MIN_TURN_S = 0.1
+# The next producer of a pending item is asked after this long, or as soon as one has failed.
+HEDGE_S = 1.0
+# Past the deadlines of its parts a whole fetch is given up.
+GRACE_S = 0.5
+FIRST_POLL_S, LAST_POLL_S = 0.0002, 0.002
+RECEIVE_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A place in the receive pool: its blocks, and offset and bytes of each piece."""
+
+    runs: tuple[Run, ...]
+    pieces: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An item that waits for the runner, in the receive pool or (``values``) out of the own pool."""
+
+    region: Region | None
+    values: torch.Tensor | None
+    rows: int
+    width: int
+
+
+class Puller:
+    """One rank's fetches.
+
+    Args:
+        slab: ``[bytes]`` uint8 on the runner's device, registered with ``agent``.
+        dtype: torch's name of the model's type without the prefix.
+        report: called with the end of each fetch, from the loop's thread.
+        own: this instance's own pool and its place, where it is a producer too.
+    """
+
+    def __init__(
+        self,
+        config: EpdConfig,
+        thread: LoopThread,
+        agent: Agent,
+        slab: torch.Tensor,
+        dtype: str,
+        me: Me,
+        report: Callable[[Fetched], None],
+        own: tuple[Pool, Where] | None = None,
+    ) -> None:
+        self._config = config
+        self._loop = thread.loop
+        self._agent = agent
+        self._tier = Tier("receive", slab, RECEIVE_BLOCK)
+        self._memory = memory_kind(slab)
+        self._dtype = dtype
+        self._itemsize = DTYPES[dtype].itemsize
+        self._report = report
+        self._own = own
+        self._peers = Peers(config, me, agent)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._ready: dict[int, Ready] = {}
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[int, asyncio.Future[Region]]] = deque()
+        self._stuck: list[tuple[Read, Region]] = []
+        self.faults: Counter[str] = Counter()
+
+    # --- other threads ---
+
+    def fetch(self, order: Fetch) -> None:
+        """Begin; the answer goes to ``report``."""
+        self._loop.call_soon_threadsafe(self._start, order)
+
+    def drop(self, ticket: int) -> None:
+        """Stop a fetch, or throw away what it has brought."""
+        self._loop.call_soon_threadsafe(self._drop, ticket)
+
+    def take(self, ticket: int) -> torch.Tensor | None:
+        """The item as a tensor of its own, ``[rows, width]`` on the runner's device. None where there is none."""
+        with self._lock:
+            ready = self._ready.pop(ticket, None)
+        if ready is None:
+            return None
+        if ready.region is None:
+            return ready.values
+        data = self._tier.read(ready.region.pieces)
+        if len(ready.region.pieces) == 1:
+            data = data.clone()
+        event = None
+        if data.device.type != "cpu":
+            event = torch.Event(data.device)
+            event.record()
+        self._loop.call_soon_threadsafe(self._reuse, ready.region, event)
+        return data.view(DTYPES[self._dtype]).view(ready.rows, ready.width)
+
+    def close(self) -> None:
+        """Stop every fetch. The loop's thread is stopped by its owner."""
+        self._loop.call_soon_threadsafe(self._close)
+
+    # --- the loop's thread ---
+
+    def _close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        self._peers.close()
+
+    def _start(self, order: Fetch) -> None:
+        task = self._loop.create_task(self._run(order))
+        self._tasks[order.ticket] = task
+        task.add_done_callback(lambda _: self._tasks.pop(order.ticket, None))
+
+    def _drop(self, ticket: int) -> None:
+        task = self._tasks.get(ticket)
+        if task is not None:
+            task.cancel()
+        with self._lock:
+            ready = self._ready.pop(ticket, None)
+        if ready is not None and ready.region is not None:
+            self._give(ready.region)
+
+    async def _run(self, order: Fetch) -> None:
+        begun = time.monotonic()
+        producer = order.ref.producer if order.ref is not None else ""
+        try:
+            async with asyncio.timeout(order.wait_s + order.fetch_s + GRACE_S):
+                outcome = await self._fetch(order)
+        except TimeoutError:
+            outcome = Refusal.READ_FAILED
+        except Exception:
+            logger.exception("epd: fetching %s failed", order.identifier)
+            self.faults["fetch"] += 1
+            outcome = Refusal.READ_FAILED
+        if isinstance(outcome, Refusal):
+            self._report(Fetched(order.ticket, outcome.value, 0, time.monotonic() - begun, producer))
+            return
+        ready, producer, begun = outcome
+        with self._lock:
+            self._ready[order.ticket] = ready
+        size = order.rows * order.width * self._itemsize
+        self._report(Fetched(order.ticket, "", size, time.monotonic() - begun, producer))
+
+    async def _fetch(self, order: Fetch) -> tuple[Ready, str, float] | Refusal:
+        """The item, who made it, and when its transfer began."""
+        size = order.rows * order.width * self._itemsize
+        begun = time.monotonic()
+        if self._is_own(order):
+            return self._from_own(order, begun)
+        if size > self._tier.capacity_bytes:
+            return Refusal.TOO_LARGE
+        region = None
+        if order.pending is None:
+            region = await self._room(size, order.fetch_s)
+            if region is None:
+                return Refusal.NO_ROOM
+        try:
+            claimed = await self._claim(order)
+            if isinstance(claimed, Refusal):
+                return claimed
+            peer, granted = claimed
+            if order.pending is not None:
+                begun = time.monotonic()
+                region = self._try_room(size)
+            if region is None:
+                # The pin would not outlast a long wait for room.
+                peer.release(granted, ok=True)
+                region = await self._room(size, order.fetch_s)
+                again = await peer.claim(order.identifier, order.ref, order.rows, 0.0) if region else Refusal.NO_ROOM
+                if isinstance(again, Refusal):
+                    return again
+                granted = again
+            assert region is not None
+            refusal = await self._bring(order, peer, granted, region)
+            if refusal is not None:
+                return refusal
+            ready, region = Ready(region, None, order.rows, order.width), None
+            return ready, peer.place.producer, begun
+        finally:
+            if region is not None:
+                self._give(region)
+
+    def _is_own(self, order: Fetch) -> bool:
+        if self._own is None:
+            return False
+        if order.ref is None and order.pending is None:
+            return True
+        ref, place = order.ref, self._own[1]
+        return ref is not None and (ref.producer, ref.epoch) == (place.producer, place.epoch)
+
+    def _from_own(self, order: Fetch, begun: float) -> tuple[Ready, str, float] | Refusal:
+        assert self._own is not None
+        pool, place = self._own
+        values = pool.load(order.identifier)
+        if values is None:
+            return Refusal.EXPIRED if order.ref is not None else Refusal.UNKNOWN
+        if tuple(values.shape) != (order.rows, order.width) or values.dtype != DTYPES[self._dtype]:
+            return Refusal.WRONG_SHAPE
+        return Ready(None, values, order.rows, order.width), place.producer, begun
+
+    # --- claims ---
+
+    async def _claim(self, order: Fetch) -> tuple[Peer, Granted] | Refusal:
+        if order.ref is not None:
+            ref = order.ref
+            peer = self._peers.at(Where(ref.producer, ref.epoch, ref.claim_host, ref.claim_port))
+            granted = await peer.claim(order.identifier, ref, order.rows, 0.0)
+            return granted if isinstance(granted, Refusal) else (peer, granted)
+        assert order.pending is not None
+        return await self._first_to_have_it(order, list(order.pending.candidates))
+
+    async def _first_to_have_it(self, order: Fetch, places: list[Where]) -> tuple[Peer, Granted] | Refusal:
+        until = time.monotonic() + order.wait_s
+        asking: set[asyncio.Task[tuple[Peer, Granted] | Refusal]] = set()
+        last = Refusal.UNKNOWN
+        try:
+            while places or asking:
+                if places:
+                    peer = self._peers.at(places.pop(0))
+                    asking.add(asyncio.create_task(self._wait_at(peer, order, until)))
+                done, asking = await asyncio.wait(
+                    asking, timeout=HEDGE_S if places else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    answer = task.result()
+                    if not isinstance(answer, Refusal):
+                        return answer
+                    last = answer
+            return last
+        finally:
+            for task in asking:
+                task.cancel()
+
+    async def _wait_at(self, peer: Peer, order: Fetch, until: float) -> tuple[Peer, Granted] | Refusal:
+        while True:
+            turn = min(WAIT_TURN_S, until - time.monotonic())
+            if turn <= 0:
+                return Refusal.CLAIM_TIMEOUT
+            asked = time.monotonic()
+            answer = await peer.claim(order.identifier, None, order.rows, turn)
+            if not isinstance(answer, Refusal):
+                return peer, answer
+            if answer is not Refusal.UNKNOWN:
+                return answer
+            await asyncio.sleep(max(0.0, min(MIN_TURN_S, turn) - (time.monotonic() - asked)))
+
+    # --- reads ---
+
+    async def _bring(self, order: Fetch, peer: Peer, granted: Granted, region: Region) -> Refusal | None:
+        """Read and verify a granted item, and end its claim."""
+        refusal: Refusal | None = Refusal.READ_FAILED
+        try:
+            refusal = self._unlike(order, granted) or await self._read(peer, granted, region)
+            refusal = refusal or self._unsound(granted, region)
+            return refusal
+        finally:
+            peer.release(granted, ok=refusal is None)
+            if refusal is Refusal.READ_FAILED:
+                peer.reset()
+
+    def _unlike(self, order: Fetch, granted: Granted) -> Refusal | None:
+        """Why what is offered is not what the model needs."""
+        if granted.rows < order.rows:
+            return Refusal.TRUNCATED
+        size = order.rows * order.width * self._itemsize
+        shape = (granted.rows, granted.width, granted.dtype) == (order.rows, order.width, self._dtype)
+        if not shape or granted.memory not in ("DRAM", "VRAM"):
+            return Refusal.WRONG_SHAPE
+        if granted.size != size or sum(part for _, part in granted.runs) != size:
+            return Refusal.TRUNCATED if granted.size < size else Refusal.WRONG_SHAPE
+        return None
+
+    async def _read(self, peer: Peer, granted: Granted, region: Region) -> Refusal | None:
+        deadline = time.monotonic() + min(self._config.read_timeout_s, granted.hold_s)
+        local = [(self._tier.base + offset, part) for offset, part in region.pieces]
+        peer.reads += 1
+        read = None
+        try:
+            read = self._agent.read(
+                peer.remote, local, granted.runs, granted.memory, device=granted.device,
+                local_memory=self._memory, local_device=self._tier.device,
+            )  # fmt: skip
+            pause = FIRST_POLL_S
+            while read.poll() == "reading" and time.monotonic() < deadline:
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, LAST_POLL_S)
+            if read.state == "done":
+                return None
+            logger.warning("epd: reading from %s: %s", peer.place.producer, read.error or "deadline passed")
+        except TransferError as error:
+            logger.warning("epd: reading from %s: %s", peer.place.producer, error)
+        finally:
+            if read is not None and read.state != "done" and not read.cancel():
+                self._keep_away(read, region)
+            peer.read_ended()
+        return Refusal.READ_FAILED
+
+    def _unsound(self, granted: Granted, region: Region) -> Refusal | None:
+        data = self._tier.read(region.pieces)
+        if self._config.verify_checksum and checksum(data, granted.seed) != granted.checksum:
+            return Refusal.BAD_CHECKSUM
+        if self._config.verify_finite and not finite(data.view(DTYPES[self._dtype])):
+            return Refusal.NON_FINITE
+        return None
+
+    # --- room in the receive pool ---
+
+    def _try_room(self, size: int) -> Region | None:
+        if self._queue:
+            return None  # first come, first served
+        runs = self._tier.holes.take(self._tier.blocks_for(size))
+        return None if runs is None else Region(runs, self._tier.pieces(runs, size))
+
+    async def _room(self, size: int, timeout_s: float) -> Region | None:
+        """A place for ``size`` bytes, in the order of the requests; None where the pool stays full."""
+        region = self._try_room(size)
+        if region is not None:
+            return region
+        turn: asyncio.Future[Region] = self._loop.create_future()
+        entry = (size, turn)
+        self._queue.append(entry)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await turn
+        except TimeoutError:
+            return None
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give(turn.result())
+            raise
+        finally:
+            if entry in self._queue:
+                self._queue.remove(entry)
+                self._next_in_line()
+
+    def _next_in_line(self) -> None:
+        while self._queue:
+            size, turn = self._queue[0]
+            runs = self._tier.holes.take(self._tier.blocks_for(size))
+            if runs is None:
+                return
+            self._queue.popleft()
+            region = Region(runs, self._tier.pieces(runs, size))
+            if turn.done():
+                self._tier.holes.give(runs)  # it gave up in the same turn of the loop
+            else:
+                turn.set_result(region)
+
+    def _give(self, region: Region) -> None:
+        if any(region is stuck for _, stuck in self._stuck):
+            return  # NIXL may still write there
+        self._tier.holes.give(region.runs)
+        self._next_in_line()
+
+    def _reuse(self, region: Region, event: Any) -> None:
+        """Give a region back once the copy out of it has run."""
+        if event is not None and not event.query():
+            self._loop.call_later(0.001, self._reuse, region, event)
+        else:
+            self._give(region)
+
+    def _keep_away(self, read: Read, region: Region) -> None:
+        self.faults["stuck_read"] += 1
+        self._stuck.append((read, region))
+        self._loop.call_later(1.0, self._try_again)
+
+    def _try_again(self) -> None:
+        stuck, self._stuck = self._stuck, []
+        for read, region in stuck:
+            if read.cancel():
+                self._give(region)
+            else:
+                self._stuck.append((read, region))
+        if self._stuck:
+            self._loop.call_later(1.0, self._try_again)

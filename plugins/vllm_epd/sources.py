@@ -1,0 +1,111 @@
+"""Where a request says that its items are, read with care: the dictionary comes from outside.
+
+Nothing is asked over the network here. What passes these checks names a place that the fleet's key has signed, or,
+without a key, one that whoever may set ``ec_transfer_params`` has chosen: a router that takes them from clients
+strips them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from vllm_suite.compat.fence import ec_layout_digest, model_digest
+from vllm_suite.encoded import ERROR_KEY, ITEM_KEY, PENDING_KEY, Pending, item_content, item_location
+from vllm_suite.handoff import Handoff, Refusal, parse
+
+MAX_CANDIDATES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One usable source: a reference, or producers that are about to have the item."""
+
+    ref: Handoff | None
+    pending: Pending | None
+
+    @property
+    def key(self) -> str:
+        """Equal for equal sources."""
+        if self.ref is not None:
+            return self.ref.fingerprint() + self.ref.mac
+        assert self.pending is not None
+        return msgspec.json.encode(self.pending).decode()
+
+
+class OwnView:
+    """What this engine expects of references made for it; computed once.
+
+    Args:
+        key: the fleet's signing key, or None.
+    """
+
+    def __init__(self, vllm_config: Any, key: bytes | None) -> None:
+        self.model = model_digest(vllm_config)
+        self.layout = ec_layout_digest(vllm_config)
+        self.key = key
+
+    def source(self, params: Any, identifier: str, rows: int) -> Source | Refusal | None:
+        """Read what a request says about one item.
+
+        Args:
+            params: the request's ``ec_transfer_params``, of any type.
+            rows: embedding rows that the request needs.
+
+        Returns:
+            None where it says nothing about the item; a refusal where what it says cannot be used.
+        """
+        if not isinstance(params, dict) or identifier not in params:
+            return None
+        entry = params[identifier]
+        if not isinstance(entry, dict):
+            return Refusal.MALFORMED
+        if entry.get(ITEM_KEY) is not None:
+            ref = parse(entry[ITEM_KEY])
+            if isinstance(ref, Refusal):
+                return ref
+            return self._refuse_ref(ref, identifier, rows) or Source(ref, None)
+        if entry.get(PENDING_KEY) is not None:
+            return self._pending(entry[PENDING_KEY], identifier)
+        return _known(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
+
+    def _refuse_ref(self, ref: Handoff, identifier: str, rows: int) -> Refusal | None:
+        if refusal := ref.check_signature(self.key):
+            return refusal
+        if ref.model != self.model:
+            return Refusal.FOREIGN_MODEL
+        if ref.layout != self.layout:
+            return Refusal.FOREIGN_LAYOUT
+        if ref.content != item_content(identifier):
+            return Refusal.FOREIGN_CONTENT
+        if ref.location != item_location(identifier, ref.claim_host, ref.claim_port):
+            return Refusal.TAMPERED
+        if ref.tokens != rows:
+            return Refusal.TRUNCATED if ref.tokens < rows else Refusal.WRONG_SHAPE
+        return None
+
+    def _pending(self, raw: Any, identifier: str) -> Source | Refusal:
+        try:
+            pending = msgspec.convert(raw, Pending, strict=True)
+        except msgspec.ValidationError:
+            return Refusal.MALFORMED
+        places = pending.candidates
+        ports = all(0 < place.port < 65536 and place.host for place in places)
+        if not (0 < len(places) <= MAX_CANDIDATES and ports and math.isfinite(pending.wait_s) and pending.wait_s > 0):
+            return Refusal.MALFORMED
+        if not pending.right_signature(self.key):
+            return Refusal.BAD_SIGNATURE
+        if pending.identifier != identifier:
+            return Refusal.FOREIGN_CONTENT
+        return Source(None, pending)
+
+
+def _known(value: Any) -> Refusal:
+    """The producer's own word for why it did not keep the item."""
+    try:
+        return Refusal(value)
+    except ValueError:
+        return Refusal.MALFORMED
