@@ -248,25 +248,36 @@ def frame(message: Request | Answer) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+class Idle(TimeoutError):
+    """Nothing came, not even the beginning of a message; the connection may be read again."""
+
+
 async def read_frame(
     reader: asyncio.StreamReader,
     decoder: msgspec.msgpack.Decoder[Any],
     *,
     limit: int = MAX_MESSAGE_BYTES,
+    idle_timeout_s: float | None = None,
     frame_timeout_s: float | None = None,
 ) -> Any:
-    """Next message. Waits for its first byte as long as the caller lets it.
+    """Next message.
 
     Args:
         limit: bytes of the longest message that is read.
-        frame_timeout_s: how long the rest of a message may take once it has begun; None waits for ever.
+        idle_timeout_s: how long its first byte may take; None waits for ever.
+        frame_timeout_s: how long the rest may take from then on; None waits for ever.
 
     Raises:
         BadMessage: too long, or not what ``decoder`` expects.
+        Idle: no first byte in time.
         TimeoutError: the rest of a message did not come in time.
         asyncio.IncompleteReadError: the peer closed the connection.
     """
-    head = await reader.readexactly(1)
+    try:
+        async with asyncio.timeout(idle_timeout_s):
+            head = await reader.readexactly(1)
+    except TimeoutError as error:
+        raise Idle from error
     async with asyncio.timeout(frame_timeout_s):
         (length,) = _LENGTH.unpack(head + await reader.readexactly(_LENGTH.size - 1))
         if length > limit:

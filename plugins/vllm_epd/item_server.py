@@ -1,4 +1,4 @@
-"""The producer's end of the item channel: pins items for consumers, and answers routers about what is kept.
+"""The producer's end of the item channel: pins items for consumers, and tells routers what is kept.
 
 It runs in the worker's process, which owns the pool, so an answer is never older than the pool. Nothing polls: a
 claim for an item that is still being encoded sleeps until the pool tells of it.
@@ -10,14 +10,12 @@ import asyncio
 import hmac
 import logging
 import secrets
-import threading
-from collections import Counter
 from typing import Any, NamedTuple
 
 from vllm_epd.agent import Agent
-from vllm_epd.pool import Pool, Stored
+from vllm_epd.answers import Answers, ServerCounts, within
+from vllm_epd.pool import Pool
 from vllm_suite.encoded import (
-    MAX_KEYS,
     MAX_MESSAGE_BYTES,
     Answer,
     BadMessage,
@@ -25,39 +23,27 @@ from vllm_suite.encoded import (
     Claim,
     Granted,
     Hello,
+    Idle,
     Kept,
     Probe,
     Producer,
     Refused,
-    Release,
     Welcome,
     frame,
     hello_mac,
-    item_content,
-    item_location,
     read_frame,
     request_decoder,
 )
-from vllm_suite.handoff import VERSION, Handoff, Refusal
+from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread, bind
+
+__all__ = ["Facts", "ItemServer", "Limits", "ServerCounts"]
 
 logger = logging.getLogger("vllm.suite.epd")
 
 START_TIMEOUT_S = 5.0
-# A connection that says nothing for this long is closed; its other end opens a new one when it has something to say.
-IDLE_TIMEOUT_S = 300.0
-# From the opening of a connection to its greeting, and from the first byte of a message to its last.
-GREETING_TIMEOUT_S = 5.0
-FRAME_TIMEOUT_S = 5.0
-# What is read of a connection that has not shown that it knows the fleet key.
-GREETING_BYTES = 4096
-MAX_CONNECTIONS = 1024
-MAX_WAITING = 4096
-MAX_HOLD_S = 60.0
-MAX_WAIT_S = 600.0
-# An encoding that failed is remembered for a claim that comes a moment too late.
-FAILURE_MEMORY_S = 2.0
-MAX_FAILURES = 1024
+# Claims that one connection remembers before it looks which of them have ended by themselves.
+MAX_OPEN_CLAIMS = 4096
 
 
 class Facts(NamedTuple):
@@ -69,17 +55,27 @@ class Facts(NamedTuple):
     layout: str
 
 
-class ServerCounts(NamedTuple):
-    """What happened since the last `ItemServer.take_counts`; by reason where it is a dictionary.
+class Limits(NamedTuple):
+    """What one server takes from outside.
 
-    ``released`` and ``given_up`` are claims that their holders ended, having read the item or not.
+    Attributes:
+        idle_s: a connection that says nothing and waits for nothing is closed; its other end opens a new one.
+        greeting_s: from the opening of a connection to its greeting.
+        frame_s: from the first byte of a message to its last, in both directions.
+        greeting_bytes: what is read of a connection that has not shown that it knows the key.
+        connections, waiting: at a time; ``waiting`` counts claims for items that are being encoded.
+        wait_s: longest such wait.
+        failure_memory_s: an encoding that failed is remembered for claims that come a moment later.
     """
 
-    granted: int
-    released: int
-    given_up: int
-    refused: dict[str, int]
-    faults: dict[str, int]
+    idle_s: float = 300.0
+    greeting_s: float = 5.0
+    frame_s: float = 5.0
+    greeting_bytes: int = 4096
+    connections: int = 1024
+    waiting: int = 4096
+    wait_s: float = 600.0
+    failure_memory_s: float = 2.0
 
 
 class ItemServer:
@@ -89,26 +85,33 @@ class ItemServer:
         agent: the pool's memory is registered with it.
         key: the fleet's key, or None: then whoever can connect may claim.
         host: bound, and told to others.
-        thread: runs the server; not stopped by `close`.
+        thread: runs the server; `close` does not stop it.
 
     Raises:
         OSError: the address is taken or not ours.
     """
 
     def __init__(
-        self, pool: Pool, agent: Agent, facts: Facts, key: bytes | None, host: str, port: int, thread: LoopThread
+        self,
+        pool: Pool,
+        agent: Agent,
+        facts: Facts,
+        key: bytes | None,
+        host: str,
+        port: int,
+        thread: LoopThread,
+        limits: Limits | None = None,
     ) -> None:
-        self._pool = pool
-        self._agent = agent
+        self._agent_name = agent.name
         self._metadata = agent.metadata()
         self._key = key
         self._loop = thread.loop
-        sock = bind(host, port, "port of the item server (ec_connector_extra_config.suite.port)")
+        self.limits = limits or Limits()
+        sock = bind(host, port, "item port (ec_connector_extra_config.suite.host and .port)")
         self.host = host
         self.port: int = sock.getsockname()[1]
         self.facts = Producer(*facts, host=host, port=self.port)
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._counts_lock = threading.Lock()
+        self.answers = Answers(pool, self.facts, key)
         self._waiting: dict[str, set[asyncio.Future[Refusal | None]]] = {}
         self._failed: dict[str, tuple[float, Refusal]] = {}
         self._connections: set[asyncio.Task[Any]] = set()
@@ -125,27 +128,18 @@ class ItemServer:
     @property
     def waiting(self) -> int:
         """Claims that wait for an item to be encoded."""
-        return sum(len(futures) for futures in self._waiting.values())
+        return sum(len(futures) for futures in list(self._waiting.values()))
 
     def take_counts(self) -> ServerCounts:
         """What happened since the last call."""
-        with self._counts_lock:
-            counts, self._counts = self._counts, Counter()
-
-        def by(kind: str) -> dict[str, int]:
-            return {label: number for (name, label), number in counts.items() if name == kind}
-
-        plain = by("claims")
-        return ServerCounts(
-            plain.get("granted", 0), plain.get("released", 0), plain.get("given_up", 0), by("refused"), by("faults")
-        )
+        return self.answers.counts.take()
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Close the port and every connection, waiting claims included. Returns when that is done, or late."""
+        """Close the port and every connection, with the claims that wait. Not from the loop's own thread."""
         if self._closed:
             return
         self._closed = True
-        if self._loop.is_closed() or not self._loop.is_running():
+        if not self._loop.is_running():
             return
         closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
         try:
@@ -159,25 +153,25 @@ class ItemServer:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
-    # --- one connection ---
-
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if self._closed or len(self._connections) >= MAX_CONNECTIONS:
-            self._count("faults", "too_many_connections")
+        count = self.answers.counts.add
+        if self._closed or len(self._connections) >= self.limits.connections:
+            count("faults", "too_many_connections")
             writer.close()
             return
         self._connections.add(task)
         connection = _Connection(self, reader, writer)
+        peer = writer.get_extra_info("peername")
         try:
             await connection.run()
         except BadMessage as error:
-            self._count("faults", "bad_message")
-            peer = writer.get_extra_info("peername")
+            count("faults", "bad_message")
             logger.warning("item server: closing %s, which sent no message of ours: %s", peer, error)
         except TimeoutError:
-            self._count("faults", "slow_peer")
+            count("faults", "slow_peer")
+            logger.warning("item server: closing %s, which left a message unfinished or unread", peer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the consumer went away; its claims end by themselves
         except asyncio.CancelledError:
@@ -186,149 +180,46 @@ class ItemServer:
             self._connections.discard(task)
             connection.end()
 
-    def welcome(self, seq: int) -> Welcome:
-        """The answer to a greeting."""
+    def welcome(self, nonce: bytes, hello: Hello) -> Welcome | Refused:
+        """The answer to a greeting, which has to prove the fleet key where one is set."""
+        if self._key is not None and not hmac.compare_digest(hello_mac(self._key, nonce, hello.name), hello.mac):
+            return self.answers.refuse(hello.seq, Refusal.BAD_SIGNATURE)
         f = self.facts
-        return Welcome(seq, f.producer, f.epoch, f.model, f.layout, self._agent.name, self._metadata)
+        return Welcome(hello.seq, f.producer, f.epoch, f.model, f.layout, self._agent_name, self._metadata)
 
-    def knows_key(self, nonce: bytes, hello: Hello) -> bool:
-        """Whether a greeting proves the fleet key, or none is set."""
-        return self._key is None or hmac.compare_digest(hello_mac(self._key, nonce, hello.name), hello.mac)
+    def claim(self, claim: Claim) -> Granted | Refused | None:
+        """The answer to a claim; None where it has to wait for its item."""
+        answer = self.answers.claim(claim)
+        if answer is not None:
+            return answer
+        failed = self._failed.get(claim.identifier)
+        if failed is not None and self._loop.time() - failed[0] < self.limits.failure_memory_s:
+            return self.answers.refuse(claim.seq, failed[1])
+        if not claim.wait_s > 0:
+            return self.answers.absent(claim)
+        if self.waiting >= self.limits.waiting:
+            self.answers.counts.add("faults", "too_many_waiting")
+            return self.answers.refuse(claim.seq, Refusal.NO_ROOM)
+        return None
 
-    # --- answers ---
-
-    def now(self, message: Claim | Release | Probe) -> Answer | None:
-        """The answer that can be given at once; None for a claim that has to wait for its item."""
-        match message:
-            case Claim():
-                return self._claim(message)
-            case Probe(seq=seq, identifiers=identifiers, hold_s=hold_s):
-                return self._probe(seq, identifiers, min(max(hold_s, 0.0), MAX_HOLD_S))
-            case Release(seq=seq, claim=claim, ok=ok):
-                self._release(claim, ok)
-                return Kept(seq, {})
-
-    async def later(self, message: Claim) -> Answer:
-        """The answer to a claim that waits for its item, at the latest after ``wait_s``."""
-        wanted = self._waiting.setdefault(message.identifier, set())
-        future: asyncio.Future[Refusal | None] = self._loop.create_future()
-        wanted.add(future)
+    async def wait_for(self, claim: Claim) -> Granted | Refused:
+        """The answer to a claim once its item is stored, has failed, or its time is over."""
+        wanted = self._waiting.setdefault(claim.identifier, set())
+        news: asyncio.Future[Refusal | None] = self._loop.create_future()
+        wanted.add(news)
         try:
-            answer = self._claim(message)  # it may have come before we listened
+            answer = self.answers.claim(claim)  # it may have come before we listened
             if answer is None:
-                async with asyncio.timeout(min(message.wait_s, MAX_WAIT_S)):
-                    refusal = await future
-                answer = self._refuse(message.seq, refusal) if refusal else self._claim(message)
+                async with asyncio.timeout(within(claim.wait_s, self.limits.wait_s)):
+                    refusal = await news
+                answer = self.answers.claim(claim) if refusal is None else self.answers.refuse(claim.seq, refusal)
         except TimeoutError:
             answer = None
         finally:
-            wanted.discard(future)
-            if not wanted and self._waiting.get(message.identifier) is wanted:
-                del self._waiting[message.identifier]
-        return answer or self._refuse(message.seq, Refusal.UNKNOWN)
-
-    def _claim(self, claim: Claim) -> Answer | None:
-        refusal = self._unfit(claim)
-        if refusal is not None:
-            return self._refuse(claim.seq, refusal)
-        hold_s = min(max(claim.hold_s, 0.0), MAX_HOLD_S)
-        pinned = self._pool.pin(claim.identifier, hold_s)
-        if isinstance(pinned, Refusal):
-            return self._absent(claim)
-        stored = self._pool.pinned(pinned)
-        refusal = Refusal.LEASE_LOST if stored is None else self._unlike(claim, stored)
-        if stored is None or refusal is not None:
-            self._pool.unpin(pinned, read=False)
-            return self._refuse(claim.seq, refusal or Refusal.LEASE_LOST)
-        self._count("claims", "granted")
-        return Granted(
-            seq=claim.seq,
-            claim=pinned,
-            rows=stored.rows,
-            width=stored.width,
-            dtype=stored.dtype,
-            size=stored.size,
-            seed=stored.seed,
-            checksum=stored.checksum,
-            runs=stored.addresses(),
-            memory=stored.memory,
-            device=stored.device,
-            hold_s=hold_s,
-        )
-
-    def _unfit(self, claim: Claim) -> Refusal | None:
-        """Why a claim cannot be meant for this producer, whatever the pool holds."""
-        ref, own = claim.ref, self.facts
-        if ref is not None and (refusal := ref.check_signature(self._key)) is not None:
-            return refusal
-        if claim.producer != own.producer or (ref is not None and ref.producer != own.producer):
-            return Refusal.FOREIGN_PRODUCER
-        if claim.epoch != own.epoch or (ref is not None and ref.epoch != own.epoch):
-            return Refusal.STALE_EPOCH
-        if claim.model != own.model or (ref is not None and ref.model != own.model):
-            return Refusal.FOREIGN_MODEL
-        if claim.layout != own.layout or (ref is not None and ref.layout != own.layout):
-            return Refusal.FOREIGN_LAYOUT
-        return None if ref is None else self._tampered(claim, ref)
-
-    def _tampered(self, claim: Claim, ref: Handoff) -> Refusal | None:
-        own = self.facts
-        if ref.content != item_content(claim.identifier):
-            return Refusal.FOREIGN_CONTENT
-        issued = (
-            ref.version == VERSION
-            and ref.location == item_location(claim.identifier, own.host, own.port)
-            and (ref.claim_host, ref.claim_port) == (own.host, own.port)
-            and self._pool.item_number_known(ref.request_id)
-        )
-        if not issued:
-            return Refusal.TAMPERED
-        return Refusal.TRUNCATED if ref.tokens < claim.rows else None
-
-    def _unlike(self, claim: Claim, stored: Stored) -> Refusal | None:
-        """Why what is stored is not what the claim asks for."""
-        if claim.rows > stored.rows:
-            return Refusal.TRUNCATED
-        if claim.ref is not None and claim.ref.tokens != stored.rows:
-            return Refusal.TAMPERED
-        return None
-
-    def _absent(self, claim: Claim) -> Answer | None:
-        failed = self._failed.get(claim.identifier)
-        if failed is not None and self._loop.time() - failed[0] < FAILURE_MEMORY_S:
-            return self._refuse(claim.seq, failed[1])
-        if claim.wait_s > 0:
-            return None
-        # A reference proves that the item was here once.
-        return self._refuse(claim.seq, Refusal.UNKNOWN if claim.ref is None else Refusal.EXPIRED)
-
-    def _probe(self, seq: int, identifiers: tuple[str, ...], hold_s: float) -> Answer:
-        if len(identifiers) > MAX_KEYS:
-            raise BadMessage(f"{len(identifiers)} identifiers in one probe; the limit is {MAX_KEYS}")
-        refs = {}
-        for identifier in identifiers:
-            stored = self._pool.keep(identifier, hold_s)
-            if stored is not None:
-                refs[identifier] = self.facts.reference(identifier, stored.item_id, stored.rows, hold_s, self._key)
-        return Kept(seq, refs)
-
-    def _release(self, claim: int, ok: bool) -> None:
-        if not ok:
-            self._pool.verify(claim)  # perhaps because the bytes were wrong: then nobody else shall get them
-        self._count("claims", "released" if ok else "given_up")
-        self._pool.unpin(claim, read=ok)
-
-    def _refuse(self, seq: int, refusal: Refusal) -> Refused:
-        self._count("refused", refusal.value)
-        return Refused(seq, refusal.value)
-
-    def _count(self, name: str, label: str) -> None:
-        with self._counts_lock:
-            self._counts[name, label] += 1
-
-    def count_fault(self, fault: str) -> None:
-        """A fault of some peer that was contained."""
-        self._count("faults", fault)
+            wanted.discard(news)
+            if not wanted and self._waiting.get(claim.identifier) is wanted:
+                del self._waiting[claim.identifier]
+        return answer or self.answers.absent(claim)
 
     # --- news of the pool ---
 
@@ -343,71 +234,100 @@ class ItemServer:
 
     def _wake(self, identifier: str, refusal: Refusal | None) -> None:
         self._failed.pop(identifier, None)
+        now = self._loop.time()
+        while self._failed and now - next(iter(self._failed.values()))[0] >= self.limits.failure_memory_s:
+            del self._failed[next(iter(self._failed))]
         if refusal is not None:
-            self._failed[identifier] = (self._loop.time(), refusal)
-            while len(self._failed) > MAX_FAILURES:
-                del self._failed[next(iter(self._failed))]
-        for future in self._waiting.get(identifier, ()):
-            if not future.done():
-                future.set_result(refusal)
+            self._failed[identifier] = (now, refusal)
+        for news in self._waiting.get(identifier, ()):
+            if not news.done():
+                news.set_result(refusal)
 
 
 class _Connection:
-    """One consumer or router. Claims that wait are tasks of their own; everything else is answered in order."""
+    """One consumer or router. What waits or computes has a task of its own; the rest is answered in order."""
 
     def __init__(self, server: ItemServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._server = server
         self._reader = reader
         self._writer = writer
         self._tasks: set[asyncio.Task[None]] = set()
+        # Claims granted here and not released here; nobody ends those of another connection.
+        self._claims: set[int] = set()
 
     async def run(self) -> None:
         """Greet, then answer until the other end goes away or misbehaves."""
+        limits = self._server.limits
         if not await self._greet():
             return
         while True:
-            async with asyncio.timeout(IDLE_TIMEOUT_S):
-                message = await read_frame(self._reader, request_decoder, frame_timeout_s=FRAME_TIMEOUT_S)
-            if isinstance(message, Hello):
-                raise BadMessage("a second greeting")
-            answer = self._server.now(message)
-            if answer is not None:
-                await self._send(answer)
-            elif self._server.waiting >= MAX_WAITING:
-                self._server.count_fault("too_many_waiting")
-                await self._send(Refused(message.seq, Refusal.NO_ROOM.value))
-            else:
-                task = asyncio.create_task(self._answer_later(message))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+            try:
+                message = await read_frame(
+                    self._reader, request_decoder, idle_timeout_s=limits.idle_s, frame_timeout_s=limits.frame_s
+                )
+            except Idle:
+                if self._tasks:
+                    continue
+                return
+            match message:
+                case Claim():
+                    answer = self._server.claim(message)
+                    if answer is None:
+                        self._begin(self._answer_later(message))
+                    else:
+                        await self._send(answer)
+                case Probe():
+                    await self._send(self._server.answers.probe(message))
+                case Hello():
+                    raise BadMessage("a second greeting")
+                case _:
+                    self._begin(self._release(message.seq, message.claim, message.ok))
 
     async def _greet(self) -> bool:
-        nonce = secrets.token_bytes(32)
+        limits, nonce = self._server.limits, secrets.token_bytes(32)
         await self._send(Challenge(nonce))
-        async with asyncio.timeout(GREETING_TIMEOUT_S):
-            hello = await read_frame(self._reader, request_decoder, limit=GREETING_BYTES)
+        async with asyncio.timeout(limits.greeting_s):
+            hello = await read_frame(self._reader, request_decoder, limit=limits.greeting_bytes)
         if not isinstance(hello, Hello):
             raise BadMessage(f"{type(hello).__name__} before the greeting")
-        if not self._server.knows_key(nonce, hello):
-            self._server.count_fault("bad_key")
-            await self._send(Refused(hello.seq, Refusal.BAD_SIGNATURE.value))
-            return False
-        await self._send(self._server.welcome(hello.seq))
-        return True
+        answer = self._server.welcome(nonce, hello)
+        await self._send(answer)
+        return isinstance(answer, Welcome)
+
+    def _begin(self, work: Any) -> None:
+        task = asyncio.create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, work: Any) -> None:
+        try:
+            await work
+        except (TimeoutError, ConnectionError):
+            self._writer.close()  # `run` meets the end of the stream
 
     async def _answer_later(self, claim: Claim) -> None:
-        try:
-            await self._send(await self._server.later(claim))
-        except (TimeoutError, ConnectionError):
-            self._writer.close()
+        await self._send(await self._server.wait_for(claim))
+
+    async def _release(self, seq: int, claim: int, ok: bool) -> None:
+        if claim in self._claims:
+            self._claims.discard(claim)
+            if ok:
+                self._server.answers.release(claim, ok)
+            else:  # which compares the item's bytes with its checksum
+                await asyncio.to_thread(self._server.answers.release, claim, ok)
+        await self._send(Kept(seq, {}))
 
     async def _send(self, answer: Answer) -> None:
         data = frame(answer)
-        if len(data) > MAX_MESSAGE_BYTES and isinstance(answer, Granted | Kept):
-            self._server.count_fault("answer_too_long")
+        if len(data) > MAX_MESSAGE_BYTES and not isinstance(answer, Challenge):
+            self._server.answers.counts.add("faults", "answer_too_long")
             data = frame(Refused(answer.seq, Refusal.TOO_LARGE.value))
+        elif isinstance(answer, Granted):
+            if len(self._claims) >= MAX_OPEN_CLAIMS:
+                self._claims = self._server.answers.alive(self._claims)
+            self._claims.add(answer.claim)
         self._writer.write(data)
-        async with asyncio.timeout(FRAME_TIMEOUT_S):
+        async with asyncio.timeout(self._server.limits.frame_s):
             await self._writer.drain()
 
     def end(self) -> None:

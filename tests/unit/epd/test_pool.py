@@ -1,0 +1,493 @@
+"""What a pool keeps, for whom, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_epd.checksum import checksum
+from vllm_epd.pool import SWEEP_EVERY, Pool, Stored
+from vllm_epd.tiers import new_slab
+from vllm_suite.handoff import Refusal
+
+BLOCK = 256
+LEASE_S = 10.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(clock: Clock, blocks: int = 8, host_blocks: int = 0) -> Pool:
+    host = new_slab(host_blocks * BLOCK) if host_blocks else None
+    return Pool(new_slab(blocks * BLOCK), BLOCK, LEASE_S, clock, host)
+
+
+def values(blocks: float = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An item that takes ``blocks`` blocks."""
+    rows = max(1, int(blocks * BLOCK) // (8 * dtype.itemsize))
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def put(pool: Pool, identifier: str, blocks: float = 1, seed: int = 0) -> Stored:
+    stored = pool.put(identifier, values(blocks, seed))
+    assert isinstance(stored, Stored), stored
+    return stored
+
+
+def bytes_of(pool: Pool, stored: Stored) -> torch.Tensor:
+    tier = next(tier for tier in pool._shelves.tiers if tier.name == stored.tier)
+    return torch.cat([tier.slab[at : at + size] for at, size in stored.runs])
+
+
+def claim(pool: Pool, identifier: str, hold_s: float = 5.0) -> int:
+    number = pool.pin(identifier, hold_s)
+    assert not isinstance(number, Refusal)
+    return number
+
+
+# --- what is stored ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 3), (7, 33), (64, 5), (5, 64)])
+def test_any_float_of_any_width_comes_back_as_it_was(clock: Clock, dtype: torch.dtype, rows: int, width: int) -> None:
+    pool = make(clock, 16)
+    tensor = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    stored = pool.put("a", tensor)
+    assert isinstance(stored, Stored)
+    assert (stored.rows, stored.width, stored.dtype) == (rows, width, str(dtype).removeprefix("torch."))
+    assert stored.size == rows * width * dtype.itemsize == sum(size for _, size in stored.runs)
+    assert stored.checksum == checksum(tensor, stored.seed) == checksum(bytes_of(pool, stored), stored.seed)
+    assert pool.get("a") == stored
+    loaded = pool.load("a")
+    assert loaded is not None
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded, tensor)
+    assert stored.addresses() == tuple((stored.base + at, size) for at, size in stored.runs)
+
+
+def test_what_was_put_may_change_afterwards(clock: Clock) -> None:
+    pool, tensor = make(clock), values()
+    stored = pool.put("a", tensor)
+    assert isinstance(stored, Stored)
+    before = tensor.clone()
+    tensor.zero_()
+    loaded = pool.load("a")
+    assert loaded is not None
+    assert torch.equal(loaded, before)
+    loaded.zero_()
+    assert checksum(bytes_of(pool, stored), stored.seed) == stored.checksum, "a loaded item is a copy"
+
+
+def test_tensors_that_are_views_and_need_gradients(clock: Clock) -> None:
+    pool = make(clock, 16)
+    base = torch.randn(16, 24, requires_grad=True)
+    for name, view in (("columns", base[:, 3:11]), ("transposed", base[:8, :8].t()), ("rows", base[2:10, :8])):
+        assert isinstance(pool.put(name, view), Stored)
+        loaded = pool.load(name)
+        assert loaded is not None
+        assert torch.equal(loaded, view.detach())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "refusal"),
+    [
+        (torch.zeros(4), Refusal.WRONG_SHAPE),
+        (torch.zeros(2, 2, 2), Refusal.WRONG_SHAPE),
+        (torch.zeros(0, 8), Refusal.WRONG_SHAPE),
+        (torch.zeros(8, 0), Refusal.WRONG_SHAPE),
+        (torch.tensor(1.0), Refusal.WRONG_SHAPE),
+        (torch.zeros(4, 4, dtype=torch.int32), Refusal.WRONG_SHAPE),
+        (torch.zeros(4, 4, dtype=torch.float64), Refusal.WRONG_SHAPE),
+        (torch.full((4, 4), float("nan")), Refusal.NON_FINITE),
+        (torch.tensor([[1.0, float("inf")]]), Refusal.NON_FINITE),
+        (torch.tensor([[1.0, float("-inf")]], dtype=torch.bfloat16), Refusal.NON_FINITE),
+        (torch.zeros(9 * BLOCK // 4, 1), Refusal.TOO_LARGE),
+    ],
+)
+def test_what_is_no_item_is_refused_and_costs_nobody_his(clock: Clock, tensor: torch.Tensor, refusal: Refusal) -> None:
+    pool, heard = make(clock), []
+    put(pool, "old", 8)
+    clock.now += LEASE_S
+    pool.subscribe(lambda identifier, why: heard.append((identifier, why)))
+    assert pool.put("bad", tensor) is refusal
+    assert heard == [("bad", refusal)]
+    assert pool.contains("old")
+    assert not pool.contains("bad")
+    assert pool.take_stats().not_stored == {refusal.value: 1}
+
+
+def test_an_item_as_large_as_the_pool_fits(clock: Clock) -> None:
+    pool = make(clock)
+    put(pool, "small", 1)
+    clock.now += LEASE_S
+    assert len(put(pool, "whole", 8).runs) == 1
+    assert not pool.contains("small")
+
+
+def test_a_tensor_that_cannot_be_copied_is_refused_and_its_blocks_stay_free(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make(clock)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._shelves.tiers[0], "write", fail)
+        assert pool.put("a", values(8)) is Refusal.NOT_STORED
+    assert pool.take_stats().used_bytes == {"device": 0}
+    put(pool, "a", 8)
+
+
+# --- who goes first ---
+
+
+def test_the_least_recently_used_goes_first(clock: Clock) -> None:
+    pool = make(clock, 4)
+    for name in "abcd":
+        put(pool, name)
+    clock.now += LEASE_S
+    pool.unpin(claim(pool, "a"))
+    assert pool.keep("b", 0.0) is not None
+    assert pool.load("c") is not None
+    pool.get("d")
+    assert pool.contains("d"), "looking is not using"
+    put(pool, "e")
+    assert [name for name in "abcde" if pool.contains(name)] == ["a", "b", "c", "e"]
+    put(pool, "f", 2)
+    assert [name for name in "abcef" if pool.contains(name)] == ["c", "e", "f"]
+    assert pool.take_stats().evictions == {"device": 3}
+
+
+def test_under_lease_only_what_has_been_read_goes(clock: Clock) -> None:
+    pool = make(clock, 3)
+    for name in "abc":
+        put(pool, name)
+    assert pool.put("d", values()) is Refusal.NOT_STORED
+    pool.unpin(claim(pool, "c"), read=False)
+    assert pool.put("d", values()) is Refusal.NOT_STORED, "a reader that gave up has not read"
+    pool.unpin(claim(pool, "b"))
+    put(pool, "d")
+    assert [name for name in "abcd" if pool.contains(name)] == ["a", "c", "d"]
+
+
+def test_what_has_no_lease_goes_before_what_was_read_under_lease(clock: Clock) -> None:
+    pool = make(clock, 2)
+    put(pool, "old")
+    clock.now += LEASE_S
+    put(pool, "new")
+    pool.unpin(claim(pool, "new"))
+    pool.unpin(claim(pool, "old"))  # used last
+    put(pool, "next")
+    assert pool.contains("new")
+    assert not pool.contains("old")
+
+
+def test_a_lease_is_renewed_by_keeping(clock: Clock) -> None:
+    pool = make(clock, 1)
+    first = put(pool, "a")
+    pool.unpin(claim(pool, "a"))
+    assert pool.keep("a", 1.0) == first
+    clock.now += LEASE_S - 1
+    assert pool.put("b", values()) is Refusal.NOT_STORED, "never shorter than it was, and unread again"
+    assert pool.keep("a", 5.0) == first
+    clock.now += 4.9
+    assert pool.put("b", values()) is Refusal.NOT_STORED
+    clock.now += 0.2
+    put(pool, "b")
+    assert pool.keep("a", 5.0) is None
+
+
+def test_nothing_is_evicted_for_an_item_that_does_not_fit_anyway(clock: Clock) -> None:
+    pool = make(clock, 4)
+    for name in "abc":
+        put(pool, name)
+    pinned = claim(pool, "b", 100.0)
+    clock.now += LEASE_S
+    put(pool, "d")  # leased
+    assert pool.put("large", values(3)) is Refusal.NOT_STORED
+    assert all(pool.contains(name) for name in "abcd")
+    pool.unpin(pinned)
+    put(pool, "large", 3)
+    assert [name for name in "abcd" if pool.contains(name)] == ["d"]
+
+
+def test_a_pool_full_of_pinned_items_refuses_at_once(clock: Clock) -> None:
+    pool = make(clock, 2)
+    put(pool, "a"), put(pool, "b")
+    clock.now += LEASE_S
+    claim(pool, "a", 5.0), claim(pool, "b", 7.0)
+    assert pool.put("c", values()) is Refusal.NOT_STORED
+    clock.now += 5.0
+    put(pool, "c")
+    assert not pool.contains("a")
+    assert pool.contains("b")
+    assert pool.take_stats().expired_pins == 1
+
+
+# --- fragmentation ---
+
+
+def test_scattered_holes_hold_a_large_item(clock: Clock) -> None:
+    pool = make(clock, 8)
+    for at in range(8):
+        put(pool, str(at))
+    for at in (0, 2, 4, 6):
+        pool.drop(str(at))
+    stored = put(pool, "large", 4, seed=5)
+    assert len(stored.runs) == 4
+    loaded = pool.load("large")
+    assert loaded is not None
+    assert torch.equal(loaded, values(4, 5))
+    assert pool.verify(claim(pool, "large"))
+
+
+# --- publications, pins ---
+
+
+def test_each_publication_has_an_id_of_its_own(clock: Clock) -> None:
+    pool = make(clock, 4)
+    first, second = put(pool, "a"), put(pool, "b")
+    again = put(pool, "a", seed=1)
+    assert len({first.item_id, second.item_id, again.item_id}) == 3
+    assert again.seed != first.seed
+    assert pool.get("a") == again
+    assert len(pool) == 2
+    for known in (first, second, again):
+        assert pool.has_published(known.item_id)
+    for unknown in (
+        "item-4",
+        "item-0",
+        "item-01",
+        "item--1",
+        "item-",
+        "item-x",
+        "item-²",
+        "item- 1",
+        "1",
+        "",
+        "ITEM-1",
+    ):
+        assert not pool.has_published(unknown)
+    assert not pool.has_published("item-" + "9" * 5000)
+
+
+def test_a_reader_keeps_what_it_pinned_when_the_item_is_published_anew(clock: Clock) -> None:
+    pool = make(clock, 2)
+    old = put(pool, "a", seed=1)
+    number = claim(pool, "a")
+    new = put(pool, "a", seed=2)
+    assert pool.pinned(number) == old
+    assert not set(old.runs) & set(new.runs)
+    assert checksum(bytes_of(pool, old), old.seed) == old.checksum
+    assert pool.put("b", values()) is Refusal.NOT_STORED, "the old one still takes its block"
+    assert pool.unpin(number)
+    put(pool, "b")
+    assert pool.get("a") == new
+
+
+def test_a_dropped_item_lives_as_long_as_its_readers(clock: Clock) -> None:
+    pool = make(clock, 1)
+    old = put(pool, "a", seed=1)
+    one, two = claim(pool, "a"), claim(pool, "a", 8.0)
+    assert pool.drop("a")
+    assert not pool.drop("a")
+    assert not pool.contains("a")
+    assert pool.pin("a", 1.0) is Refusal.UNKNOWN
+    assert pool.unpin(one)
+    assert pool.put("b", values()) is Refusal.NOT_STORED
+    assert checksum(bytes_of(pool, old), old.seed) == old.checksum
+    clock.now += 8.0
+    assert pool.expire() == 1
+    put(pool, "b")
+    assert not pool.unpin(two)
+    assert pool.pinned(two) is None
+
+
+def test_claims_are_shared_and_each_ends_once(clock: Clock) -> None:
+    pool = make(clock, 1)
+    put(pool, "a")
+    claims = [claim(pool, "a") for _ in range(50)]
+    assert len(set(claims)) == 50
+    clock.now += LEASE_S / 4
+    for number in claims:
+        assert pool.unpin(number)
+        assert not pool.unpin(number)
+    assert not pool.unpin(10**9)
+    stats = pool.take_stats()
+    assert (stats.pins, stats.hits, stats.expired_pins) == (0, {"device": 50}, 0)
+
+
+def test_readers_that_never_say_goodbye_do_not_add_up(clock: Clock) -> None:
+    pool = make(clock, 1)
+    put(pool, "a")
+    for _ in range(10 * SWEEP_EVERY):
+        claim(pool, "a", 1.0)
+        clock.now += 0.1
+    assert len(pool._pinned) <= SWEEP_EVERY + 10
+    assert len(pool._pinned) == sum(len(item.pins) for item in pool._shelves._items["device"].values())
+
+
+# --- corruption ---
+
+
+def test_a_corrupt_item_is_found_and_dropped(clock: Clock) -> None:
+    pool = make(clock, 4)
+    stored = put(pool, "a", 2, seed=3)
+    number = claim(pool, "a")
+    assert pool.verify(number)
+    pool._shelves.tiers[0].slab[stored.runs[0][0] + 17] ^= 1
+    assert not pool.verify(number)
+    assert not pool.contains("a")
+    assert pool.take_stats().corrupt == 1
+    assert pool.unpin(number)
+    assert pool.take_stats().used_bytes == {"device": 0}
+
+
+def test_a_corrupt_item_is_not_loaded(clock: Clock) -> None:
+    pool = make(clock, 4)
+    stored = put(pool, "a", 2, seed=3)
+    pool._shelves.tiers[0].slab[stored.runs[0][0]] ^= 128
+    assert pool.load("a") is None
+    assert not pool.contains("a")
+    assert pool.load("a") is None
+    stats = pool.take_stats()
+    assert (stats.corrupt, stats.misses, stats.pins, stats.used_bytes) == (1, 1, 0, {"device": 0})
+    assert pool.verify(10**6), "nothing is wrong with an item that is not there"
+
+
+# --- the second tier ---
+
+
+def test_what_the_first_tier_cannot_keep_goes_to_the_second(clock: Clock) -> None:
+    pool = make(clock, 2, host_blocks=3)
+    for at in range(4):
+        put(pool, str(at), seed=at)
+    found = [pool.get(str(at)) for at in range(4)]
+    assert [stored.tier for stored in found if stored] == ["host", "host", "device", "device"]
+    assert all(stored.memory == "DRAM" for stored in found if stored)
+    for at in range(4):
+        loaded = pool.load(str(at))
+        assert loaded is not None
+        assert torch.equal(loaded, values(1, at)), "moved with its bytes"
+    stats = pool.take_stats()
+    assert (stats.demotions, stats.evictions) == ({"device": 2}, {})
+    assert stats.hits == {"device": 2, "host": 2}
+    assert stats.items == {"device": 2, "host": 2}
+    put(pool, "4")
+    assert pool.put("5", values()) is Refusal.NOT_STORED, "all five are leased and unread"
+    assert len(pool) == 5
+    clock.now += LEASE_S
+    put(pool, "5")
+    stats = pool.take_stats()
+    assert (stats.demotions, stats.evictions) == ({"device": 2}, {"host": 1})
+
+
+def test_a_moved_item_keeps_its_publication_and_its_lease(clock: Clock) -> None:
+    pool = make(clock, 1, host_blocks=1)
+    first = put(pool, "a")
+    clock.now += LEASE_S - 1
+    put(pool, "b")
+    moved = pool.get("a")
+    assert moved is not None
+    assert (moved.item_id, moved.seed, moved.checksum) == (first.item_id, first.seed, first.checksum)
+    assert moved.base != first.base
+    assert pool.verify(claim(pool, "a", 0.5))
+    assert pool.put("c", values()) is Refusal.NOT_STORED
+    clock.now += 1
+    put(pool, "c")  # a is gone, b moves
+    assert [name for name in "abc" if pool.contains(name)] == ["b", "c"]
+
+
+def test_a_pinned_item_never_moves(clock: Clock) -> None:
+    pool = make(clock, 1, host_blocks=2)
+    first = put(pool, "a")
+    number = claim(pool, "a")
+    second = put(pool, "b")
+    assert second.tier == "host", "it goes where there is room"
+    assert pool.get("a") == first
+    pool.unpin(number)
+    assert put(pool, "c").tier == "device"
+    moved = pool.get("a")
+    assert moved is not None
+    assert moved.tier == "host"
+
+
+def test_an_item_larger_than_the_first_tier_goes_to_the_second(clock: Clock) -> None:
+    pool = make(clock, 2, host_blocks=4)
+    assert put(pool, "a", 3).tier == "host"
+    assert pool.put("b", values(5)) is Refusal.TOO_LARGE
+
+
+def test_what_need_not_stay_is_lost_before_what_must(clock: Clock) -> None:
+    """The second tier has room for one: the unread item under lease goes there, not the one whose lease is over."""
+    pool = make(clock, 2, host_blocks=1)
+    put(pool, "old", seed=1)
+    clock.now += LEASE_S
+    put(pool, "new", seed=2)
+    put(pool, "both", 2, seed=3)
+    assert not pool.contains("old")
+    kept = pool.get("new")
+    assert kept is not None
+    assert kept.tier == "host"
+
+
+# --- several threads ---
+
+
+def test_waiting_ears_hear_of_every_end(clock: Clock) -> None:
+    pool, heard = make(clock, 2), []
+    pool.subscribe(lambda identifier, why: heard.append((identifier, why, pool.contains(identifier))))
+    put(pool, "a")
+    pool.announce_failure("b", Refusal.ABANDONED)
+    assert heard == [("a", None, True), ("b", Refusal.ABANDONED, False)]
+
+
+def test_one_thread_stores_while_others_read() -> None:
+    """Real time and real races: what a claim pins is whole for as long as it is pinned."""
+    pool = Pool(new_slab(32 * BLOCK), BLOCK, 0.0)
+    over, wrong, reads = threading.Event(), [], [0, 0, 0]
+
+    def read(reader: int) -> None:
+        at = 0
+        while not over.is_set():
+            at += 1
+            claimed = pool.claim(str(at % 24), 5.0)
+            if claimed is not None:
+                number, stored = claimed
+                if checksum(bytes_of(pool, stored), stored.seed) != stored.checksum:
+                    wrong.append(stored.identifier)
+                reads[reader] += 1
+                pool.unpin(number)
+
+    threads = [threading.Thread(target=read, args=(reader,)) for reader in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for at in range(600):
+            outcome = pool.put(str(at % 24), values(1 + at % 5, seed=at))
+            assert isinstance(outcome, Stored) or outcome is Refusal.NOT_STORED
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(30)
+    assert not wrong
+    assert all(reads), reads
+    for identifier in range(24):
+        pool.drop(str(identifier))
+    stats = pool.take_stats()
+    assert (stats.pins, stats.corrupt, stats.used_bytes) == (0, 0, {"device": 0})
