@@ -79,7 +79,7 @@ async def snapshot(session: aiohttp.ClientSession, source: Source) -> dict[str, 
 
 
 def transfers(samples: Samples) -> dict[str, Any]:
-    """What an instance counted of KV transfers since its start."""
+    """What an instance counted of KV transfers and encoder outputs since its start."""
     return {
         "kv_pulls": samples.by("vllm_suite_kv_pulls_total", "outcome"),
         "kv_bytes_in": samples.total("vllm_suite_kv_pull_bytes_total", direction="in"),
@@ -88,6 +88,13 @@ def transfers(samples: Samples) -> dict[str, Any]:
         "kv_refused": samples.by("vllm_suite_kv_refused_total", "reason"),
         "kv_leases_outstanding": samples.total("vllm_suite_kv_leases_outstanding"),
         "kv_leases_ended": samples.by("vllm_suite_kv_leases_total", "end"),
+        "ec_encoded": samples.total("vllm_suite_ec_encoded_items_total"),
+        "ec_fetches": samples.by("vllm_suite_ec_fetches_total", "outcome"),
+        "ec_bytes_in": samples.total("vllm_suite_ec_fetch_bytes_total"),
+        "ec_local_encodes": samples.by("vllm_suite_ec_local_encodes_total", "reason"),
+        "ec_refused": samples.by("vllm_suite_ec_refused_total", "reason"),
+        "ec_pool_items": samples.total("vllm_suite_ec_pool_items"),
+        "ec_pool_bytes": samples.total("vllm_suite_ec_pool_bytes"),
     }
 
 
@@ -119,10 +126,14 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
     result.add_column("state")
     for name in ("running", "waiting", "KV used", "in router", "pulls", "in", "out", "MB/s", "recomputed", "leases"):
         result.add_column(name, justify="right")
+    encodes = any(row["role"] == "encode" or _encodes(row["metrics"]) for row in now["instances"])
+    if encodes:
+        for name in ("encoded", "fetched", "in", "encoded locally", "kept"):
+            result.add_column(name, justify="right")
     earlier = {row["instance_id"]: row for row in before["instances"]} if before else {}
     for row in now["instances"]:
         metrics = row["metrics"]
-        cells = [""] * 6
+        cells = [""] * (11 if encodes else 6)
         if metrics is not None:
             old = (earlier.get(row["instance_id"]) or {}).get("metrics")
             rate = ""
@@ -137,9 +148,24 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
                 rate,
                 f"{sum(metrics['kv_recomputes'].values()):.0f}",
                 f"{metrics['kv_leases_outstanding']:.0f}",
+                *(_items(metrics) if encodes else ()),
             ]
         result.add_row(row["instance_id"], row["role"], _state(row), *_load(row), *cells)
     return result
+
+
+def _encodes(metrics: dict[str, Any] | None) -> bool:
+    return metrics is not None and any(value for key, value in metrics.items() if key.startswith("ec_"))
+
+
+def _items(metrics: dict[str, Any]) -> list[str]:
+    return [
+        f"{metrics['ec_encoded']:.0f}",
+        f"{metrics['ec_fetches'].get('ok', 0):.0f}",
+        f"{metrics['ec_bytes_in'] / 1e6:.1f} MB",
+        f"{sum(metrics['ec_local_encodes'].values()):.0f}",
+        f"{metrics['ec_pool_items']:.0f}: {metrics['ec_pool_bytes'] / 1e6:.1f} MB",
+    ]
 
 
 def _bytes(metrics: dict[str, Any]) -> float:

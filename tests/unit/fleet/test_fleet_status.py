@@ -18,6 +18,7 @@ from rich.console import Console
 from vllm_suite import metrics
 from vllm_suite.cli import status as verb
 from vllm_suite.fleet import report, status
+from vllm_suite.fleet.scrape import parse
 from vllm_suite.fleet.status import NoFleet, Source, local_router, snapshot, table
 from vllm_suite.fleet.supervisor import STATE_FILE
 from vllm_suite.router.metrics import COUNTERS, PREFIX
@@ -67,7 +68,7 @@ def state(folder: Path, *rows: dict[str, Any]) -> None:
 def shown(view: Any) -> str:
     out = io.StringIO()
     Console(file=out, width=200).print(view)
-    return out.getvalue().replace("│", " ")
+    return out.getvalue().replace("│", " ").replace("┃", " ")
 
 
 async def look(source: Source) -> dict[str, Any]:
@@ -94,6 +95,25 @@ async def test_a_snapshot_joins_router_instances_and_processes(url: str, tmp_pat
     text = shown(table(now))
     assert re.search(r"d +decode +ready, restarts: 2 +1 +25 % +3 +7 +3\.0 MB +0\.0 MB", text)
     assert re.search(r"gone +decode +restarting, restarts: 1", text)
+
+
+async def test_encoders_get_columns_of_their_own(url: str) -> None:
+    now = await look(Source(url, "k"))
+    assert "encoded" not in shown(table(now))
+    now["instances"][0] |= {"role": "encode"}
+    now["instances"][0]["metrics"] |= {
+        "ec_encoded": 12.0, "ec_fetches": {"ok": 11.0, "failed": 1.0}, "ec_bytes_in": 5e6,
+        "ec_local_encodes": {"expired": 2.0}, "ec_pool_items": 4.0, "ec_pool_bytes": 3e6,
+    }  # fmt: skip
+    text = shown(table(now))
+    assert re.search(r"encoded +fetched +in +encoded locally +kept", text)
+    assert re.search(r"12 +11 +5\.0 MB +2 +4: 3\.0 MB", text)
+
+
+def test_what_an_encoder_counts_is_read() -> None:
+    samples = parse('vllm_suite_ec_encoded_items_total 7\nvllm_suite_ec_pool_bytes{tier="device"} 9\n')
+    assert status.transfers(samples)["ec_encoded"] == 7
+    assert status.transfers(samples)["ec_pool_bytes"] == 9
 
 
 async def test_rates_come_from_two_snapshots(url: str) -> None:
@@ -130,8 +150,8 @@ def test_the_verb_fails_where_there_is_no_fleet(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_series_that_are_read_exist() -> None:
-    known = {spec.name for spec in metrics.KV} | {f"{PREFIX}{series.name}_total" for series in COUNTERS}
-    source = Path(status.__file__).read_text() + Path(report.__file__).read_text()
+    known = {spec.name for spec in (*metrics.KV, *metrics.EC)} | {f"{PREFIX}{series.name}_total" for series in COUNTERS}
+    source = "".join(Path(module.__file__).read_text() for module in (status, report))
     read = set(re.findall(r'"(vllm_suite_\w+)"', source))
-    assert len(read) >= 8
+    assert len(read) >= 16
     assert {name.removesuffix("_sum") for name in read} <= known
