@@ -1,6 +1,6 @@
 """NIXL as the encoder cache uses it: memory registered once, and reads of another agent's memory.
 
-An agent's progress thread sleeps until traffic wakes it (see `vllm_suite.compat.nixl.quiet_progress_thread`): the
+An agent's progress thread sleeps until traffic wakes it (see `vllm_suite.compat.nixl_progress`): the
 producer of an item has nothing to poll while it is read, and an idle agent costs nothing.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_suite.compat.nixl import quiet_progress_thread
+from vllm_suite.compat.nixl_progress import quiet_agents
 
 logger = logging.getLogger("vllm.suite.epd")
 
@@ -42,15 +42,14 @@ class Agent:
         from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t
 
         delay = DEFAULT_PROGRESS_DELAY_US if progress_delay_us is None else progress_delay_us
-        if delay:
-            quiet_progress_thread(delay)
         self.name = name
         self._registered: list[Any] = []
         self._remotes: set[str] = set()
         config = nixl_agent_config(
             enable_prog_thread=True, backends=["UCX"], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         )
-        self._nixl: Any = _checked(nixl_agent, name, config)
+        with quiet_agents(delay):
+            self._nixl: Any = _checked(nixl_agent, name, config)
 
     def register(self, slab: torch.Tensor) -> None:
         """Make a contiguous tensor's memory readable by others, and a place that `read` may write to."""
