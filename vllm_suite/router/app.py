@@ -11,10 +11,12 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from vllm_suite.handoff import fleet_key
 from vllm_suite.router.auth import Keys, allowed
 from vllm_suite.router.chain import Chain
 from vllm_suite.router.config import RouterConfig
 from vllm_suite.router.discovery import discoveries
+from vllm_suite.router.encode.stage import EncodeStage
 from vllm_suite.router.errors import error_response, unauthorized
 from vllm_suite.router.guard import Watchdog
 from vllm_suite.router.headers import REQUEST_ID
@@ -27,6 +29,7 @@ from vllm_suite.router.models import list_models
 from vllm_suite.router.probe import StockProbe, SuiteProbe
 from vllm_suite.router.prompt import Endpoint
 from vllm_suite.router.relay import ClientGone
+from vllm_suite.router.status import describe
 from vllm_suite.router.upstream import open_session
 
 _PATHS = {
@@ -46,6 +49,7 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.keys = Keys.resolve(config.auth)
+        self._fleet_key = fleet_key()
         self.pool = Pool()
         self.live = Live(config.disaggregation.min_prompt_tokens, config.disaggregation.bytes_per_token)
         self.metrics = RouterMetrics(self.pool, self.live)
@@ -69,13 +73,15 @@ class Router:
                 self.metrics,
                 config.disaggregation.history_chunks,
             )
-            self._chain = Chain(config, self.pool, membership, session, self.metrics, self.live)
+            encode = EncodeStage(config, self.pool, membership, session, self.metrics, self.live, self._fleet_key)
+            self._chain = Chain(config, self.pool, membership, session, self.metrics, self.live, encode)
             self._session = session
             await membership.start()
             try:
                 yield
             finally:
                 await membership.stop()
+                await encode.close()
                 self.watchdog.stop()
 
     # Drain
@@ -199,22 +205,7 @@ class Router:
         if not allowed(request.headers.get("Authorization"), self.keys.control):
             self.metrics.count("rejected", "unauthorized")
             return unauthorized()
-        rows = [
-            {
-                "instance_id": member.instance_id,
-                "epoch": member.epoch,
-                "role": member.role,
-                "url": member.url,
-                "ready": member.ready,
-                "models": member.state.models,
-                "load": member.state.load,
-                "versions": member.state.versions,
-                "outstanding_requests": member.outstanding_requests,
-                "outstanding_tokens": member.outstanding_tokens,
-            }
-            for member in self.pool.members
-        ]
-        body = {"draining": self.live.draining, "instances": rows}
+        body = describe(self.pool, self.live, self.metrics)
         return web.Response(body=msgspec.json.encode(body), content_type="application/json")
 
     async def unknown(self, request: web.Request) -> web.Response:

@@ -54,10 +54,14 @@ def strip_transfer_fields(prompt: Prompt) -> list[str]:
     return found
 
 
-def prefill_body(prompt: Prompt) -> bytes:
-    """The client's request cut down to one unstreamed token, blocks kept for a pull."""
-    assert prompt.document is not None
-    document = {key: value for key, value in prompt.document.items() if key not in _NOT_FOR_PREFILL}
+def prefill_body(prompt: Prompt, document: dict[str, Any] | None = None) -> bytes:
+    """The client's request cut down to one unstreamed token, blocks kept for a pull.
+
+    `document` is what the encode stage made of the client's, where it has made something.
+    """
+    found = prompt.document if document is None else document
+    assert found is not None
+    document = {key: value for key, value in found.items() if key not in _NOT_FOR_PREFILL}
     document["max_tokens"] = 1
     if prompt.endpoint == "chat":
         document["max_completion_tokens"] = 1
@@ -66,13 +70,13 @@ def prefill_body(prompt: Prompt) -> bytes:
     return _encode(document)
 
 
-def decode_body(prompt: Prompt, reference: bytes) -> bytes:
+def decode_body(prompt: Prompt, reference: bytes, body: bytes | None = None) -> bytes:
     """The client's own bytes with the reference of prefill put in as the last field.
 
     The body is a JSON object without that field (`strip_transfer_fields`), so it can be spliced in without
-    encoding the prompt again.
+    encoding the prompt again. `body` is what the encode stage made of it, where it has made something.
     """
-    head = prompt.body.rstrip()[:-1].rstrip()
+    head = (prompt.body if body is None else body).rstrip()[:-1].rstrip()
     comma = b"," if prompt.document else b""
     return b'%b%b"kv_transfer_params":%b}' % (head, comma, reference)
 

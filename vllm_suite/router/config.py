@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
+
+from vllm_suite.router.encode.config import Encode
+from vllm_suite.router.settings import Bytes, Count, Seconds
+from vllm_suite.router.settings import Settings as _Settings
 
 Role = Literal["prefill", "decode", "encode", "any"]
 PolicyName = Literal["round_robin", "least_tokens", "power_of_two", "prefix_hash"]
-
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Count = Annotated[int, Field(ge=0)]
-Bytes = Annotated[int, Field(gt=0)]
 
 
 def _base_url(text: str) -> str:
@@ -26,11 +26,6 @@ def _base_url(text: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_base_url)]
-
-
-class _Settings(BaseModel):
-    # Errors leave the given value out: it may be a key.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class StaticTarget(_Settings):
@@ -174,6 +169,7 @@ class RouterConfig(_Settings):
     membership: Membership = Membership()
     disaggregation: Disaggregation = Disaggregation()
     policies: Policies = Policies()
+    encode: Encode = Encode()
     recovery: Recovery = Recovery()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()

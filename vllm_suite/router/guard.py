@@ -7,6 +7,8 @@ slot, and one tick every 50 ms cancels the tasks that are past theirs.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from vllm_suite.router.errors import StageTimeout
 
@@ -53,6 +55,18 @@ class Guard:
     def cancel(self) -> None:
         """Cancel the task for good."""
         self._task.cancel()
+
+    @contextmanager
+    def within(self, stage: str, seconds: float) -> Iterator[None]:
+        """A stage whose timeout is raised as `StageTimeout`."""
+        self.enter(stage, seconds)
+        try:
+            yield
+        except asyncio.CancelledError as exc:
+            timeout = self.timeout()
+            if timeout is None:
+                raise
+            raise timeout from exc
 
     def timeout(self) -> StageTimeout | None:
         """For the handler of a `CancelledError`: the timeout that caused it, or None for a real cancellation.

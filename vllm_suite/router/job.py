@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from multidict import CIMultiDict
 
+from vllm_suite.router.encode.plan import Plan
 from vllm_suite.router.guard import Guard
 from vllm_suite.router.policies import Demand
 from vllm_suite.router.prompt import Prompt
@@ -27,3 +28,4 @@ class Job:
     tokens: int = 0
     hashes: list[int] | None = None
     demand: Demand = field(default=Demand(0, None))
+    media: Plan | None = None  # from the encode stage, where the request has any

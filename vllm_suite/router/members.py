@@ -11,12 +11,20 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 from yarl import URL
 
 from vllm_suite.router.config import Role
 from vllm_suite.router.policies import Candidate, Demand, Policy
+
+
+class ItemChannel(NamedTuple):
+    """Where an instance serves its encoder outputs, and what its EC connector does (`ec_producer`, ...)."""
+
+    host: str
+    port: int
+    role: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,7 @@ class State:
     max_model_len: int | None = None
     load: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
+    ec: ItemChannel | None = None
 
 
 class PrefixHistory:
@@ -76,6 +85,7 @@ class Member:
         self.reachable = True
         self.outstanding_requests = 0
         self.outstanding_tokens = 0
+        self.encode_tokens = 0  # sent to it or waiting for it in the encode stage
         self.history = PrefixHistory(history_chunks)
         base = URL(url)
         self.completions = base / "v1/completions"
@@ -86,6 +96,16 @@ class Member:
     def ready(self) -> bool:
         """Says it is ready, answered its last poll, and has failed no request since."""
         return self.state.ready and self.reachable and not self.suspect
+
+    @property
+    def makes_items(self) -> bool:
+        """Can encode media for others."""
+        return self.state.ec is not None and self.state.ec.role in ("ec_producer", "ec_both")
+
+    @property
+    def takes_items(self) -> bool:
+        """Can use what others have encoded."""
+        return self.state.ec is not None and self.state.ec.role in ("ec_consumer", "ec_both")
 
     def charge(self, tokens: int) -> None:
         """A request of so many tokens begins; `discharge` ends it."""

@@ -101,7 +101,7 @@ class PrefixHash:
             return self._spread.choose(candidates, demand)
         total = sum(candidate.outstanding_requests for candidate in candidates) + 1
         bound = ceil(self._factor * total / len(candidates))
-        scores = [_mix(prefix ^ candidate.key) for candidate in candidates]
+        scores = [mix(prefix ^ candidate.key) for candidate in candidates]
         order = sorted(range(len(candidates)), key=scores.__getitem__, reverse=True)
         for index in order:
             if candidates[index].outstanding_requests < bound:
@@ -113,7 +113,7 @@ def _load(candidate: Candidate) -> tuple[int, int, int]:
     return candidate.outstanding_tokens, candidate.outstanding_requests, candidate.waiting
 
 
-def _mix(value: int) -> int:
+def mix(value: int) -> int:
     """splitmix64's finaliser: neighbouring inputs give unrelated 64-bit outputs."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

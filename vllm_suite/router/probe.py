@@ -9,7 +9,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from vllm_suite.router.members import State
+from vllm_suite.router.members import ItemChannel, State
 
 _ROLES = ("prefill", "decode", "encode", "any")
 _MAX_BYTES = 1 << 20
@@ -70,6 +70,17 @@ def _object(body: bytes, what: str) -> dict[str, Any]:
     return found
 
 
+def _item_channel(found: object) -> ItemChannel | None:
+    """What the EPD plugin adds to the state; None where there is no such plugin, or not in words known here."""
+    if not isinstance(found, dict):
+        return None
+    host, port, role = found.get("host"), found.get("port"), found.get("role")
+    if not (isinstance(host, str) and isinstance(port, int) and isinstance(role, str)):
+        return None
+    # A consumer serves nothing; it may say so with an empty host or port 0.
+    return ItemChannel(host, port, role) if 0 <= port < 65_536 else None
+
+
 class SuiteProbe:
     """Identity, epoch, role, readiness and load from the suite's endpoint plugin."""
 
@@ -95,6 +106,7 @@ class SuiteProbe:
             max_model_len=length if isinstance(length, int) else None,
             load=load if isinstance(load, dict) else {},
             versions={name: answer[name] for name in ("vllm", "suite", "kv_connector") if name in answer},
+            ec=_item_channel(answer.get("ec")),
         )
 
 

@@ -10,12 +10,16 @@ from typing import Any, Literal
 
 import msgspec
 
+from vllm_suite.router.encode.parts import is_media
 from vllm_suite.router.members import hash64
 
 Endpoint = Literal["completions", "chat"]
 
 # A picture becomes some hundreds of tokens in most vision models; the exact number is the model's secret.
 NON_TEXT_PART_TOKENS = 512
+# Media are compared for routing only: of long ones by length, beginning and end.
+_SAMPLED = 1 << 20
+_SAMPLE = 1 << 16
 # Output length assumed for load accounting where the request sets none.
 DEFAULT_OUTPUT_TOKENS = 256
 # Bytes a text chunk has per chunk token. Fixed, so that chunk borders do not move while the ratio is learned.
@@ -38,6 +42,7 @@ class Prompt:
     token_ids: list[int] | None
     text: bytes
     extra_tokens: int  # of parts that are no text
+    has_media: bool
     output_tokens: int
 
     def tokens(self, bytes_per_token: float) -> int:
@@ -95,7 +100,7 @@ def parse_object(body: bytes) -> tuple[dict[str, Any] | None, bool]:
 def read_prompt(endpoint: Endpoint, body: bytes) -> Prompt:
     """Parse a body. Never raises: what cannot be used is marked so and left to vLLM."""
     document, standard = parse_object(body)
-    prompt = Prompt(endpoint, body, document, standard, None, "unparsed", None, b"", 0, DEFAULT_OUTPUT_TOKENS)
+    prompt = Prompt(endpoint, body, document, standard, None, "unparsed", None, b"", 0, False, DEFAULT_OUTPUT_TOKENS)
     if document is None:
         return prompt
     model = document.get("model")
@@ -144,23 +149,29 @@ def _chat(prompt: Prompt, document: dict[str, Any]) -> str | None:
         if isinstance(content, str):
             pieces.append(content.encode("utf-8", "surrogatepass"))
         elif content is not None:
-            pieces.append(_encode(content))
-            if isinstance(content, list):
-                prompt.extra_tokens += _count_media(pieces, content)
+            media = [part for part in content if is_media(part)] if isinstance(content, list) else ()
+            if media:
+                prompt.has_media = True
+                prompt.extra_tokens += NON_TEXT_PART_TOKENS * len(media)
+                texts = [part for part in content if not is_media(part)]
+                pieces.append(_encode(texts) + hash64(_encode(_sample(media))).to_bytes(8, "little"))
+            else:
+                pieces.append(_encode(content))
         if message.get("tool_calls"):
             pieces.append(_encode(message["tool_calls"]))
     prompt.text = b"\n".join(pieces)
     return None
 
 
-def _count_media(pieces: list[bytes], content: list[Any]) -> int:
-    """Tokens of parts that are no text. Their data is hashed with the prompt but not measured as text."""
-    media = [part for part in content if isinstance(part, dict) and part.get("type") not in (None, "text")]
-    if not media:
-        return 0
-    texts = [part for part in content if part not in media]
-    pieces[-1] = _encode(texts) + hash64(_encode(media)).to_bytes(8, "little")
-    return NON_TEXT_PART_TOKENS * len(media)
+def _sample(value: Any, depth: int = 0) -> Any:
+    """What is hashed of media parts in the place of all of them: megabytes would hold up the event loop."""
+    if isinstance(value, str) and len(value) > _SAMPLED:
+        return [len(value), value[:_SAMPLE], value[-_SAMPLE:]]
+    if depth < 4 and isinstance(value, dict):
+        return {key: _sample(inner, depth + 1) for key, inner in value.items()}
+    if depth < 4 and isinstance(value, list):
+        return [_sample(inner, depth + 1) for inner in value]
+    return value
 
 
 def _whole_reason(document: dict[str, Any], limit: object) -> str | None:

@@ -43,8 +43,13 @@ async def open_answer(
     headers: CIMultiDict[str],
     guard: Guard,
     config: RouterConfig,
+    *,
+    past_role: bool = False,
 ) -> Opened:
     """Send to decode and wait for the first byte of the body; the caller closes the response.
+
+    `past_role` waits for the second event of a stream. vLLM begins a chat stream with an event that names the role
+    only, and sends it even where the request then fails before its first token.
 
     Raises `UpstreamFailure` or `StageTimeout` while nothing has reached the client. Closing a response that was
     not read to its end closes the connection, which makes vLLM abort the request.
@@ -61,6 +66,8 @@ async def open_answer(
             raise UpstreamFailure("status", "the instance failed", status=status, body=first)
         if status in (401, 403) and not config.auth.forward_authorization:
             raise UpstreamFailure("auth", "the instance refused the router's key")
+        if not whole and past_role and response.content_type == _EVENT_STREAM:
+            first = await _second_event(response, first)
         if not whole and first.startswith(_ERROR_EVENT):
             _raise_server_error(first)
         return Opened(response, first, whole)
@@ -71,6 +78,17 @@ async def open_answer(
         if failure is None:
             raise
         raise failure from exc
+
+
+async def _second_event(response: aiohttp.ClientResponse, first: bytes) -> bytes:
+    """The stream's beginning up to the end of its second event; the error event alone where that is one."""
+    while first.count(b"\n\n") < 2 and len(first) < _WRITE_BUFFER_BYTES:
+        piece = await response.content.readany()
+        if not piece:
+            return first
+        first += piece
+    _, _, rest = first.partition(b"\n\n")
+    return rest if rest.startswith(_ERROR_EVENT) else first
 
 
 def _raise_server_error(first: bytes) -> None:

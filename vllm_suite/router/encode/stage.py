@@ -1,0 +1,228 @@
+"""The encode stage of a request: its media admitted, looked up, sent to encoders, waited for or not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from math import ceil
+
+import aiohttp
+import msgspec
+
+from vllm_suite.router.config import RouterConfig
+from vllm_suite.router.encode.admit import Admission
+from vllm_suite.router.encode.call import Rejected, Request
+from vllm_suite.router.encode.cost import Costs
+from vllm_suite.router.encode.encoded_client import EncodedClient, ProbeFailed, Producer
+from vllm_suite.router.encode.examine import scope_of
+from vllm_suite.router.encode.flights import Flights
+from vllm_suite.router.encode.known import Encoded, Known
+from vllm_suite.router.encode.parts import find_media
+from vllm_suite.router.encode.plan import Plan, Slot
+from vllm_suite.router.encode.refusal import MediaRefused
+from vllm_suite.router.errors import UpstreamFailure
+from vllm_suite.router.job import Job
+from vllm_suite.router.members import Member, Pool
+from vllm_suite.router.membership import Membership
+from vllm_suite.router.metrics import Live, RouterMetrics
+from vllm_suite.router.prompt import NON_TEXT_PART_TOKENS
+
+_ENCODE_ROLE = frozenset({"encode"})
+_ANY_ROLE = frozenset({"any"})
+_CHECK_S = 30.0  # decoding and hashing what the limits let through, on a busy machine
+_MAX_ODD_MODELS = 1024
+
+_encode = msgspec.json.Encoder().encode
+
+
+class EncodeStage:
+    """One per router; `close` ends it."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        pool: Pool,
+        membership: Membership,
+        session: aiohttp.ClientSession,
+        metrics: RouterMetrics,
+        live: Live,
+        key: bytes | None,
+    ) -> None:
+        settings = config.encode
+        self._settings = settings
+        self._trust = config.trust_transfer_params
+        self._pool = pool
+        self._metrics = metrics
+        self._live = live
+        self._key = key
+        self._costs = Costs()
+        self._known = Known(settings.known_items, pool)
+        self._client = EncodedClient(key)
+        self._admission = Admission(settings, metrics)
+        self._flights = Flights(settings, session, membership, metrics, self._costs, self._known, key)
+        # Models whose engines name items otherwise than we do, although the request has no processor options.
+        self._odd_models: set[str | None] = set()
+
+    async def close(self) -> None:
+        """Cut off what is under way."""
+        await self._flights.close()
+        await self._admission.close()
+        self._client.close()
+
+    async def admit(self, job: Job) -> None:
+        """Check a request's media and give `job` its plan. Raises `MediaRefused` and `StageTimeout`."""
+        prompt, settings = job.prompt, self._settings
+        document = prompt.document
+        if document is None or not settings.enabled:
+            return
+        if self._trust and document.get("ec_transfer_params"):
+            return  # the router in front has been through this
+        began = time.perf_counter()
+        found = find_media(document, settings.max_items)
+        if found.count and not prompt.standard:
+            raise MediaRefused(400, "not_json", "a request with media must be standard JSON")
+        if not found.items:
+            if found.embeds:
+                prompt.body = _encode(document)  # uuids may have been taken out
+            return
+        scope = scope_of(document)
+        hops = 1 + ceil(len(found.items) / settings.fetch.concurrency) * settings.fetch.timeout_s
+        with job.guard.within("media", _CHECK_S + hops):
+            await self._admission.admit(document, found.items, scope)
+        for item in found.items:
+            remembered = self._known.get(item.identity)
+            item.tokens = remembered.ref.tokens if remembered else self._costs.estimate(scope.model, item)
+        # The parts without items, embeddings, keep the guess that the prompt was read with.
+        prompt.extra_tokens = sum(item.tokens for item in found.items)
+        prompt.extra_tokens += NON_TEXT_PART_TOKENS * (found.count - len(found.items))
+        prompt.body = b""
+        request = Request.of(document, job.headers, scope)
+        job.media = Plan(settings, document, found.items, found.embeds, request, self._key)
+        self._metrics.observe(time.perf_counter() - began, "encode_admission_seconds")
+
+    async def provide(self, job: Job, plan: Plan, consumers: Sequence[Member], decode: Member) -> None:
+        """Find or make what the plan needs, and wait for it unless prefill may start meanwhile.
+
+        Raises `MediaRefused` for an item that an encoder refuses or, where the settings want that, that none encodes.
+        """
+        began = time.perf_counter()
+        metrics = self._metrics
+        if any(member.takes_items for member in consumers):
+            with job.guard.within("encode", self._longest_s()):
+                await self._look_up(plan)
+                missing = [slot for slot in plan.slots.values() if slot.kept is None]
+                members = self._encoders(plan.request.scope.model, decode) if missing else []
+                if members:
+                    flights = self._flights.book(plan.request, [slot.item for slot in missing], members)
+                    for slot, flight in zip(missing, flights, strict=True):
+                        slot.flight = flight
+                if missing and members and self._overlaps(plan, missing):
+                    metrics.count("encode_requests", "overlapped")
+                    return
+                await self._wait(missing)
+        self._judge(plan)
+        mode = "local" if not any(slot.encoded for slot in plan.slots.values()) else "encoded"
+        metrics.count("encode_requests", mode)
+        metrics.observe(time.perf_counter() - began, "encode_request_seconds")
+
+    def finish(self, plan: Plan) -> None:
+        """The request has ended: count its items, give up what is still under way."""
+        for item in plan.items:
+            self._metrics.count("encode_items", item.modality, _outcome(plan.slots[item.identity]))
+        for slot in plan.slots.values():
+            if slot.encoded is not None and slot.encoded.identifier != slot.item.identity:
+                self._note_odd(plan)
+            if slot.flight is not None:
+                self._flights.leave(slot.flight)
+        self._live.known_items = len(self._known)
+
+    def _longest_s(self) -> float:
+        settings = self._settings
+        # Twice, for calls that are split after a refusal, and some to spare: the stage ends by its own deadlines.
+        return settings.probe_s + 2 * (1 + settings.retries) * (settings.queue_s + settings.call_s) + 5.0
+
+    def _encoders(self, model: str | None, decode: Member) -> list[Member]:
+        """Members that may encode for a request that decodes on `decode`."""
+        found = self._pool.eligible(_ENCODE_ROLE, model)
+        if not found and self._settings.any_encodes:
+            found = [member for member in self._pool.eligible(_ANY_ROLE, model, {decode}) if member.makes_items]
+        return found
+
+    async def _look_up(self, plan: Plan) -> None:
+        """Ask the producers of remembered items, side by side, whether they still keep them."""
+        asked: dict[Producer, list[Slot]] = {}
+        remembered: dict[str, Encoded] = {}
+        for identity, slot in plan.slots.items():
+            encoded = self._known.get(identity)
+            if encoded is not None:
+                remembered[identity] = encoded
+                ref = encoded.ref
+                producer = Producer(ref.producer, ref.epoch, ref.claim_host, ref.claim_port)
+                asked.setdefault(producer, []).append(slot)
+        if asked:
+            await asyncio.gather(*(self._ask(producer, slots, remembered) for producer, slots in asked.items()))
+
+    async def _ask(self, producer: Producer, slots: list[Slot], remembered: dict[str, Encoded]) -> None:
+        settings, metrics = self._settings, self._metrics
+        names = [remembered[slot.item.identity].identifier for slot in slots]
+        try:
+            refs = await self._client.kept(producer, names, settings.probe_hold_s, settings.probe_s)
+        except ProbeFailed as exc:
+            metrics.count("encode_probes", exc.reason)
+            return
+        metrics.count("encode_probes", "answered")
+        for slot, name in zip(slots, names, strict=True):
+            ref = refs.get(name)
+            if ref is None:
+                self._known.drop(slot.item.identity)
+                continue
+            slot.kept = remembered[slot.item.identity]._replace(ref=ref)
+            self._known.put(slot.item.identity, slot.kept)
+
+    def _overlaps(self, plan: Plan, missing: Sequence[Slot]) -> bool:
+        settings, scope = self._settings, plan.request.scope
+        if settings.overlap == "never" or (settings.overlap == "auto" and settings.fallback == "error"):
+            return False
+        # The engine waits for an item by its identifier, so that must be known before the encoder has answered.
+        if scope.factors or scope.model in self._odd_models:
+            return False
+        return settings.overlap == "always" or len(missing) > 1
+
+    def _note_odd(self, plan: Plan) -> None:
+        if not plan.request.scope.factors and len(self._odd_models) < _MAX_ODD_MODELS:
+            self._odd_models.add(plan.request.scope.model)
+
+    async def _wait(self, slots: Sequence[Slot]) -> None:
+        landing = [slot.flight.landed for slot in slots if slot.flight is not None]
+        if landing:
+            await asyncio.wait(landing)
+
+    def _judge(self, plan: Plan) -> None:
+        """What is to be done about items that no encoder gave."""
+        rejection = plan.rejection()
+        if rejection is not None:
+            raise rejection
+        for slot in plan.slots.values():
+            if slot.encoded is not None:
+                continue
+            failure = slot.flight.landed.result() if slot.flight is not None else None
+            kind = failure.kind if isinstance(failure, UpstreamFailure) else "no_encoder"
+            if self._settings.fallback == "error":
+                status = failure.status if isinstance(failure, UpstreamFailure) else 503
+                why = str(failure) if failure else "no encode instance is ready"
+                raise MediaRefused(status, "unencoded", f"{slot.item.name}: {why}", slot.item.where)
+            if failure is not None or any(member.role == "encode" for member in self._pool.members):
+                self._metrics.count("recoveries", "encode_local", kind)
+
+
+def _outcome(slot: Slot) -> str:
+    if slot.kept is not None:
+        return "kept"
+    if slot.flight is None:
+        return "local"
+    if not slot.flight.landed.done():
+        return "left"
+    if slot.encoded is not None:
+        return "encoded"
+    return "failed" if isinstance(slot.flight.landed.result(), Rejected) else "local"
