@@ -3,7 +3,7 @@ PY := .venv/bin/python
 TEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo bench gpu clean
+.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo demo-epd bench gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ test-fleet: setup ## tests on several real processes, with faults
 
 demo: setup ## 1 prefill + 1 decode + router on a real trace, proven equal to one engine
 	$(PY) -m vllm_suite.cli.main demo $(if $(MODEL),--model $(MODEL)) $(if $(TRACE),--trace $(TRACE)) --json build/demo/report.json $(DEMO_ARGS)
+
+demo-epd: setup ## 2 encoders + 1 prefill + 1 decode + router on pictures, proven equal to one engine
+	$(PY) -m vllm_suite.cli.main demo-epd $(if $(MODEL),--model $(MODEL)) --json build/demo-epd/report.json $(DEMO_ARGS)
 
 bench: setup ## every benchmark, JSON under build/bench
 	@mkdir -p build/bench

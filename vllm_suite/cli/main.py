@@ -1,6 +1,7 @@
 """``vllm-suite <verb>``: finds the verb's module and hands it the arguments.
 
-A verb is a module ``vllm_suite.cli.<verb>`` with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``.
+A verb is a module ``vllm_suite.cli.<verb>`` (an underscore for each dash) with ``HELP``, ``add_arguments(parser)``
+and ``run(args) -> int``.
 Only the chosen verb is imported, so ``vllm-suite status`` does not pay for what ``demo`` needs.
 """
 
@@ -14,7 +15,7 @@ from typing import Protocol, cast
 
 from vllm_suite import __version__
 
-VERBS = ("doctor", "demo", "up", "status", "router", "swiftkv", "epd")
+VERBS = ("doctor", "demo", "demo-epd", "up", "status", "router", "swiftkv", "epd")
 
 EXIT_BAD_ARGUMENTS = 2
 EXIT_INTERRUPTED = 130
@@ -53,7 +54,7 @@ def build_parser(names: Sequence[str] = VERBS) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-suite {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in names:
-        verb = cast(Verb, importlib.import_module(f"vllm_suite.cli.{name}"))
+        verb = cast(Verb, importlib.import_module(f"vllm_suite.cli.{name.replace('-', '_')}"))
         sub = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
         verb.add_arguments(sub)
         sub.set_defaults(run=verb.run)

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from vllm_suite import metrics
 from vllm_suite.cli import status as verb
-from vllm_suite.fleet import report, status
+from vllm_suite.fleet import demo_epd_report, report, status
 from vllm_suite.fleet.scrape import parse
 from vllm_suite.fleet.status import NoFleet, Source, local_router, snapshot, table
 from vllm_suite.fleet.supervisor import STATE_FILE
-from vllm_suite.router.metrics import COUNTERS, PREFIX
+from vllm_suite.router.metrics import COUNTERS, HISTOGRAMS, PREFIX
 
 METRICS = """# TYPE vllm_suite_kv_pulls_total counter
 vllm_suite_kv_pulls_total{outcome="ok"} 7
@@ -151,7 +151,8 @@ def test_the_verb_fails_where_there_is_no_fleet(tmp_path: Path, capsys: pytest.C
 
 def test_the_series_that_are_read_exist() -> None:
     known = {spec.name for spec in (*metrics.KV, *metrics.EC)} | {f"{PREFIX}{series.name}_total" for series in COUNTERS}
-    source = "".join(Path(module.__file__).read_text() for module in (status, report))
+    known |= {f"{PREFIX}{series.name}" for series in HISTOGRAMS}
+    source = "".join(Path(module.__file__).read_text() for module in (status, report, demo_epd_report))
     read = set(re.findall(r'"(vllm_suite_\w+)"', source))
     assert len(read) >= 16
-    assert {name.removesuffix("_sum") for name in read} <= known
+    assert {name.removesuffix("_sum").removesuffix("_count") for name in read} <= known
