@@ -24,6 +24,8 @@ _SAMPLE = 1 << 16
 DEFAULT_OUTPUT_TOKENS = 256
 # Bytes a text chunk has per chunk token. Fixed, so that chunk borders do not move while the ratio is learned.
 CHUNK_BYTES_PER_TOKEN = 4
+# Times that the hash of a medium is repeated to be as long as the medium's tokens.
+_STAND_IN_WORDS = NON_TEXT_PART_TOKENS * CHUNK_BYTES_PER_TOKEN // 8
 
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
@@ -43,13 +45,14 @@ class Prompt:
     text: bytes
     extra_tokens: int  # of parts that are no text
     has_media: bool
+    stand_in: int  # bytes in `text` that stand for media
     output_tokens: int
 
     def tokens(self, bytes_per_token: float) -> int:
         """Prompt length: exact for token ids, estimated for text."""
         if self.token_ids is not None:
             return len(self.token_ids)
-        return int(len(self.text) / bytes_per_token) + self.extra_tokens
+        return int((len(self.text) - self.stand_in) / bytes_per_token) + self.extra_tokens
 
     def chunk_hashes(self, chunk_tokens: int) -> list[int]:
         """Chained 64-bit hashes of the prompt's whole chunks; the rest at the end has none.
@@ -100,7 +103,7 @@ def parse_object(body: bytes) -> tuple[dict[str, Any] | None, bool]:
 def read_prompt(endpoint: Endpoint, body: bytes) -> Prompt:
     """Parse a body. Never raises: what cannot be used is marked so and left to vLLM."""
     document, standard = parse_object(body)
-    prompt = Prompt(endpoint, body, document, standard, None, "unparsed", None, b"", 0, False, DEFAULT_OUTPUT_TOKENS)
+    prompt = Prompt(endpoint, body, document, standard, None, "unparsed", None, b"", 0, False, 0, DEFAULT_OUTPUT_TOKENS)
     if document is None:
         return prompt
     model = document.get("model")
@@ -149,18 +152,27 @@ def _chat(prompt: Prompt, document: dict[str, Any]) -> str | None:
         if isinstance(content, str):
             pieces.append(content.encode("utf-8", "surrogatepass"))
         elif content is not None:
-            media = [part for part in content if is_media(part)] if isinstance(content, list) else ()
-            if media:
-                prompt.has_media = True
-                prompt.extra_tokens += NON_TEXT_PART_TOKENS * len(media)
-                texts = [part for part in content if not is_media(part)]
-                pieces.append(_encode(texts) + hash64(_encode(_sample(media))).to_bytes(8, "little"))
+            if isinstance(content, list) and any(is_media(part) for part in content):
+                _mixed(prompt, pieces, content)
             else:
                 pieces.append(_encode(content))
         if message.get("tool_calls"):
             pieces.append(_encode(message["tool_calls"]))
     prompt.text = b"\n".join(pieces)
     return None
+
+
+def _mixed(prompt: Prompt, pieces: list[bytes], content: list[Any]) -> None:
+    """Parts in order, media among them as long as they are in tokens, so that chunks of the prompt line up."""
+    for part in content:
+        if not is_media(part):
+            pieces.append(_encode(part))
+            continue
+        prompt.has_media = True
+        prompt.extra_tokens += NON_TEXT_PART_TOKENS
+        stand_in = hash64(_encode(_sample(part))).to_bytes(8, "little") * _STAND_IN_WORDS
+        prompt.stand_in += len(stand_in)
+        pieces.append(stand_in)
 
 
 def _sample(value: Any, depth: int = 0) -> Any:

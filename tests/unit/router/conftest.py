@@ -10,6 +10,7 @@ import aiohttp
 import hypothesis
 import pytest
 from aiohttp import web
+from encoders import Encoder
 from scripted import Instance
 
 from vllm_suite.router.app import ROUTER, Router, create_app
@@ -76,6 +77,21 @@ async def instance() -> AsyncIterator[StartInstance]:
     async def start(role: str = "any", **kwargs: Any) -> Instance:
         made = await Instance(role=role, **kwargs).start()
         started.append(made)
+        return made
+
+    yield start
+    for made in started:
+        await made.stop()
+
+
+@pytest.fixture
+async def encoder() -> AsyncIterator[Callable[..., Awaitable[Encoder]]]:
+    started: list[Encoder] = []
+
+    async def start(role: str = "encode", **kwargs: Any) -> Encoder:
+        made = Encoder(role=role, **kwargs)
+        started.append(made)
+        await made.start()
         return made
 
     yield start

@@ -66,6 +66,7 @@ class Instance:
     events: int = 4
     load: dict[str, Any] = field(default_factory=lambda: {"running": 0, "waiting": 0})
     prompt_tokens: int = 100
+    ec: dict[str, Any] | None = None  # what the EPD plugin adds to the state
 
     async def start(self) -> Instance:
         self.port = self.port or free_port()
@@ -108,6 +109,7 @@ class Instance:
                 "max_model_len": 1024,
                 "vllm": "0.32.0+cpu",
                 "load": self.load,
+                **({"ec": self.ec} if self.ec else {}),
             }
         )
 

@@ -30,8 +30,8 @@ _REST_S = 1.0  # a producer that failed is not asked again for so long
 _MAX_CHANNELS = 1024
 
 
-class Producer(NamedTuple):
-    """One life of a producer and where its item channel is."""
+class Keeper(NamedTuple):
+    """One life of a producer, and where its item channel is."""
 
     instance_id: str
     epoch: str
@@ -53,11 +53,11 @@ class EncodedClient:
     def __init__(self, key: bytes | None) -> None:
         self._key = key
         self._name = f"router-{os.urandom(4).hex()}"
-        self._channels: dict[Producer, _Channel] = {}
-        self._resting: dict[Producer, float] = {}
+        self._channels: dict[Keeper, _Channel] = {}
+        self._resting: dict[Keeper, float] = {}
 
     async def kept(
-        self, producer: Producer, identifiers: Sequence[str], hold_s: float, timeout_s: float
+        self, producer: Keeper, identifiers: Sequence[str], hold_s: float, timeout_s: float
     ) -> dict[str, Handoff]:
         """References of those items that the producer keeps, for at least `hold_s` from now.
 
@@ -66,38 +66,43 @@ class EncodedClient:
         now = asyncio.get_running_loop().time()
         if self._resting.get(producer, 0.0) > now:
             raise ProbeFailed("resting")
-        channel = self._channels.get(producer)
-        if channel is None or channel.closed:
-            self._prune()
-            channel = self._channels[producer] = _Channel(producer, self._key, self._name)
         try:
             async with asyncio.timeout(timeout_s):
                 refs: dict[str, Handoff] = {}
                 for start in range(0, len(identifiers), MAX_KEYS):
-                    refs |= await channel.probe(tuple(identifiers[start : start + MAX_KEYS]), hold_s)
+                    refs |= await self._ask(producer, tuple(identifiers[start : start + MAX_KEYS]), hold_s)
         except TimeoutError as exc:
-            self._failed(producer, channel)
-            raise ProbeFailed("timeout") from exc
+            raise self._failed(producer, "timeout") from exc
         except (OSError, EOFError) as exc:  # a closed connection is an IncompleteReadError, an EOFError
-            self._failed(producer, channel)
-            raise ProbeFailed("disconnect") from exc
+            raise self._failed(producer, "disconnect") from exc
         except BadMessage as exc:
-            self._failed(producer, channel)
-            raise ProbeFailed("protocol") from exc
+            raise self._failed(producer, "protocol") from exc
         return {name: ref for name, ref in refs.items() if self._right(producer, name, ref)}
 
-    def _right(self, producer: Producer, identifier: str, ref: Handoff) -> bool:
+    async def _ask(self, producer: Keeper, identifiers: tuple[str, ...], hold_s: float) -> dict[str, Handoff]:
+        channel = self._channels.get(producer)
+        if channel is not None and not channel.closed:
+            try:
+                return await channel.probe(identifiers, hold_s)
+            except (OSError, EOFError):
+                channel.close()  # producers close connections that were idle for long; a fresh one tells
+        self._prune()
+        channel = self._channels[producer] = _Channel(producer, self._key, self._name)
+        return await channel.probe(identifiers, hold_s)
+
+    def _right(self, producer: Keeper, identifier: str, ref: Handoff) -> bool:
         return (
             (ref.producer, ref.epoch) == producer[:2]
             and ref.content == item_content(identifier)
             and ref.check_signature(self._key) is None
         )
 
-    def _failed(self, producer: Producer, channel: _Channel) -> None:
-        channel.close()
-        if self._channels.get(producer) is channel:
-            del self._channels[producer]
+    def _failed(self, producer: Keeper, reason: str) -> ProbeFailed:
+        channel = self._channels.pop(producer, None)
+        if channel is not None:
+            channel.close()
         self._resting[producer] = asyncio.get_running_loop().time() + _REST_S
+        return ProbeFailed(reason)
 
     def _prune(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -116,7 +121,7 @@ class EncodedClient:
 class _Channel:
     """A connection and the questions that are open on it."""
 
-    def __init__(self, producer: Producer, key: bytes | None, name: str) -> None:
+    def __init__(self, producer: Keeper, key: bytes | None, name: str) -> None:
         self._producer = producer
         self._key = key
         self._name = name

@@ -122,7 +122,7 @@ class Plan:
         candidates = tuple(
             Where(one.instance_id, one.epoch, one.state.ec.host, one.state.ec.port)
             for one in encoders
-            if one.state.ec is not None
+            if one.state.ec is not None and one.state.ec.host and one.state.ec.port
         )
         wait_s = settings.queue_s + (1 + settings.retries) * settings.call_s
         return Pending(identifier=flight.item.identity, candidates=candidates, wait_s=wait_s).signed(self._key)

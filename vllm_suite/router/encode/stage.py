@@ -14,7 +14,7 @@ from vllm_suite.router.config import RouterConfig
 from vllm_suite.router.encode.admit import Admission
 from vllm_suite.router.encode.call import Rejected, Request
 from vllm_suite.router.encode.cost import Costs
-from vllm_suite.router.encode.encoded_client import EncodedClient, ProbeFailed, Producer
+from vllm_suite.router.encode.encoded_client import EncodedClient, Keeper, ProbeFailed
 from vllm_suite.router.encode.examine import scope_of
 from vllm_suite.router.encode.flights import Flights
 from vllm_suite.router.encode.known import Encoded, Known
@@ -151,19 +151,19 @@ class EncodeStage:
 
     async def _look_up(self, plan: Plan) -> None:
         """Ask the producers of remembered items, side by side, whether they still keep them."""
-        asked: dict[Producer, list[Slot]] = {}
+        asked: dict[Keeper, list[Slot]] = {}
         remembered: dict[str, Encoded] = {}
         for identity, slot in plan.slots.items():
             encoded = self._known.get(identity)
             if encoded is not None:
                 remembered[identity] = encoded
                 ref = encoded.ref
-                producer = Producer(ref.producer, ref.epoch, ref.claim_host, ref.claim_port)
+                producer = Keeper(ref.producer, ref.epoch, ref.claim_host, ref.claim_port)
                 asked.setdefault(producer, []).append(slot)
         if asked:
             await asyncio.gather(*(self._ask(producer, slots, remembered) for producer, slots in asked.items()))
 
-    async def _ask(self, producer: Producer, slots: list[Slot], remembered: dict[str, Encoded]) -> None:
+    async def _ask(self, producer: Keeper, slots: list[Slot], remembered: dict[str, Encoded]) -> None:
         settings, metrics = self._settings, self._metrics
         names = [remembered[slot.item.identity].identifier for slot in slots]
         try:
