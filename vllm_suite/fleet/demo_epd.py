@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def run(options: EpdOptions, json_file: Path, argv: list[str]) -> int:
 
 
 async def _run(options: EpdOptions) -> dict[str, Any]:
-    laps = Laps()
+    laps, load = Laps(), os.getloadavg()
     with Console() as console:
         config = MediaConfig("qwen2_5_vl", seed=options.seed, **TOWER)
         model = options.model or str(make_tiny_media(options.folder / "tiny-qwen2.5-vl", config))
@@ -81,6 +82,9 @@ async def _run(options: EpdOptions) -> dict[str, Any]:
         "max_tokens": options.max_tokens,
         "restarts": {p.name: p.restarts for p in supervisor.processes if p.restarts},
         "wall_seconds": laps.total(),
+        # Two encoders cannot be faster than one where something else has the cores.
+        "load_average_before": list(load),
+        "cores": len(os.sched_getaffinity(0)),
         "commands": [launch.shell() for launch in (*launches, second, *single)],
     }
     return make_report(phases, {answer.index: answer for answer in answers}, facts)

@@ -140,7 +140,9 @@ def test_counts_are_read_and_subtracted() -> None:
         'vllm_suite_ec_fetches_total{outcome="ok"} 4\nvllm_suite_ec_fetches_total{outcome="failed"} 9\n'
         'vllm_suite_ec_fetch_bytes_total{peer="e"} 640\nvllm_suite_ec_local_encodes_total{reason="expired"} 1\n'
     )
-    router = parse("vllm_suite_router_encode_request_seconds_sum 1.5\nvllm_suite_router_encode_seconds_count 3\n")
+    router = parse(
+        "vllm_suite_router_encode_request_seconds_sum 1.5\nvllm_suite_router_encode_request_seconds_count 3\n"
+    )
     found = Counts.read({"e0": encoder}, [prefill], [router])
     assert found == Counts(
         encoded={"e0": 5}, fetches=4, fetched_bytes=640, local={"expired": 1}, stage_seconds=1.5, stage_count=3
