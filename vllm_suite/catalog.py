@@ -115,8 +115,10 @@ _TABLE = (
     PluginInfo(
         name="epd",
         package="vllm_epd",
-        summary="encoder stage on instances of its own",
+        summary="images, video and sound encoded on instances of their own, encoder outputs handed over by NIXL",
+        landed=True,
         options="vllm_epd.options",
+        exporter=LazyClass("EpdExporter", "vllm_epd.exporter"),
         report="vllm_epd.report",
         flags=(NO_LOCAL_ENCODER,),
     ),

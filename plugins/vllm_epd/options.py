@@ -45,9 +45,9 @@ def propose(view: View) -> list[Setting | Note]:
             "serve it without plugin epd"
         )
     settings: list[Setting | Note] = [_connector(view, alone)]
-    if view.role != "encode":
-        manager = {"encoder_cache_manager_cls": MANAGER}
-        settings.append(Setting("ec_manager_config", manager, "epd, prefill up to an item that is on its way"))
+    manager = {"encoder_cache_manager_cls": MANAGER}
+    why = "an item that is stored costs no encode" if view.role == "encode" else "prefill up to an item under way"
+    settings.append(Setting("ec_manager_config", manager, f"epd, {why}"))
     if view.role == "any":
         settings.append(Setting("scheduler_cls", SCHEDULER, "epd, requests that only encode"))
     if alone:

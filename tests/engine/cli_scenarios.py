@@ -60,7 +60,15 @@ def configure(seen: Facts) -> Facts:
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     again = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     transfer = config.kv_transfer_config
+    encoded, media = config.ec_transfer_config, config.model_config.multimodal_config
     return facts(lines) | {
+        "ec_connector": encoded and encoded.ec_connector,
+        "ec_role": encoded and encoded.ec_role,
+        "ec_extra": encoded and encoded.ec_connector_extra_config,
+        "manager": config.ec_manager_config.encoder_cache_manager_cls,
+        "scheduler": config.scheduler_config.scheduler_cls,
+        "encoder_only": config.is_mm_encoder_only,
+        "media": media and [media.get_limit_per_prompt("image"), media.enable_mm_embeds],
         "model": args.model,
         "same": transfer is again.kv_transfer_config,
         "non_default": sorted(get_non_default_args(args)),
@@ -138,7 +146,7 @@ def unknown() -> Facts:
 
 
 def not_landed() -> Facts:
-    return command("serve", MODEL, "--plugins=epd")
+    return command("serve", MODEL, "--plugins=dler")
 
 
 def bad_environment() -> Facts:
@@ -293,6 +301,66 @@ def swiftkv_bad_setting() -> Facts:
     return swiftkv(settings={"prefil_only": True})
 
 
+def epd(*argv: str, role: str = "any", plugins: str = "epd", model: str = "vision", **env: str) -> Facts:
+    seen = command("serve", str(WORK / model), "--plugins", plugins, *argv, env={"VLLM_SUITE_ROLE": role, **env})
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            return configure(seen) | {"switch": os.environ.get("VLLM_SUITE_EPD_NO_LOCAL_ENCODER")}
+    except SystemExit as end:
+        return {"exit": end.code, "err": err.getvalue()}
+
+
+def epd_encode() -> Facts:
+    return epd(role="encode")
+
+
+def epd_prefill() -> Facts:
+    return epd(role="prefill", plugins="disagg,epd")
+
+
+def epd_any() -> Facts:
+    return epd()
+
+
+def epd_alone() -> Facts:
+    return epd("--epd-no-local-encoder", role="decode")
+
+
+def epd_alone_in_yaml() -> Facts:
+    path = WORK / "epd.yaml"
+    path.write_text("epd-no-local-encoder: true\n")
+    return epd("--config", str(path), role="prefill")
+
+
+def epd_alone_by_environment() -> Facts:
+    return epd(role="prefill", VLLM_SUITE_EPD_NO_LOCAL_ENCODER="1")
+
+
+def epd_text_only() -> Facts:
+    return epd(model="tiny", role="prefill")
+
+
+def epd_alone_and_any() -> Facts:
+    return epd("--epd-no-local-encoder")
+
+
+def epd_encode_text_only() -> Facts:
+    return epd(model="tiny", role="encode")
+
+
+def epd_switch_without_plugin() -> Facts:
+    return epd("--epd-no-local-encoder", plugins="disagg")
+
+
+def epd_switch_without_suite() -> Facts:
+    return epd("--epd-no-local-encoder", plugins="")
+
+
+def epd_help() -> Facts:
+    return command("serve", "--help=epd-no-local")
+
+
 SCENARIOS: list[Callable[[], Facts]] = [
     help_short,
     help_search,
@@ -323,6 +391,18 @@ SCENARIOS: list[Callable[[], Facts]] = [
     swiftkv_prefill_only,
     swiftkv_prefill_only_alone,
     swiftkv_bad_setting,
+    epd_encode,
+    epd_prefill,
+    epd_any,
+    epd_alone,
+    epd_alone_in_yaml,
+    epd_alone_by_environment,
+    epd_text_only,
+    epd_alone_and_any,
+    epd_encode_text_only,
+    epd_switch_without_plugin,
+    epd_switch_without_suite,
+    epd_help,
 ]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from swiftkv_checkpoints import make_swiftkv_checkpoint
 
+from vllm_suite.fleet.tiny_media import write
+
 HERE = Path(__file__).parent
 FOREIGN = """
 class Routes:
@@ -41,6 +43,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     work = tmp_path_factory.mktemp("cli")
     shutil.copytree(model, work / "tiny")
     make_swiftkv_checkpoint(work / "swiftkv", "llama", layers=2, cut=1)
+    write("qwen2_5_vl", work / "vision")
     site = work / "foreign"
     info = site / "foreign-1.0.dist-info"
     info.mkdir(parents=True)
@@ -131,9 +134,16 @@ def test_kept(result: Facts) -> None:
     ("scenario", "text"),
     [
         ("unknown", "unknown plugin 'nope'; known plugins: disagg, epd"),
-        ("not_landed", "'epd' has not landed"),
+        ("not_landed", "'dler' has not landed"),
         ("swiftkv_prefill_only_alone", "prefill_only needs a KV connector to hand prompts over"),
         ("swiftkv_bad_setting", "additional_config.suite.swiftkv.prefil_only: Extra inputs are not permitted"),
+        (
+            "epd_alone_and_any",
+            "--epd-no-local-encoder leaves the encoder out, and an instance of role any has to encode",
+        ),
+        ("epd_encode_text_only", "an instance of role encode needs a multimodal model"),
+        ("epd_switch_without_plugin", "--epd-no-local-encoder is a switch of plugin 'epd'; add --plugins epd"),
+        ("epd_switch_without_suite", "--epd-no-local-encoder is a switch of plugin 'epd'; add --plugins epd"),
         ("bad_environment", "VLLM_SUITE_PLUGINS: unknown plugin 'nope'; known plugins: disagg"),
         ("old_vllm", "vLLM 0.31.0 is not supported; this release of vllm-suite needs vLLM >=0.32,<0.34"),
     ],
@@ -177,6 +187,48 @@ def test_swiftkv_prefill_only(result: Facts) -> None:
         "vllm.v1.sample.logits_processor:MinPLogitsProcessor",
         "vllm_swiftkv.prefill_guard:PrefillGuard",
     ]
+
+
+MANAGER = "vllm_epd.manager.SuiteEncoderCacheManager"
+
+
+def test_epd_encode(result: Facts) -> None:
+    assert (result["ec_connector"], result["ec_role"]) == ("SuiteECConnector", "ec_producer")
+    assert result["encoder_only"]
+    assert (result["manager"], result["scheduler"], result["connector"]) == (MANAGER, None, None)
+
+
+def test_epd_prefill(result: Facts) -> None:
+    assert (result["ec_role"], result["kv_role"], result["manager"]) == ("ec_consumer", "kv_producer", MANAGER)
+    assert (result["scheduler"], result["encoder_only"]) == (None, False)
+    assert result["media"] == [999, True]  # a consumer takes references to media, and media
+    assert result["ec_extra"] == {}
+
+
+def test_epd_any(result: Facts) -> None:
+    assert (result["ec_role"], result["manager"]) == ("ec_both", MANAGER)
+    assert result["scheduler"] == "vllm_suite.compat.encode_only.make_scheduler"
+
+
+@pytest.mark.parametrize("scenario", ["epd_alone", "epd_alone_in_yaml", "epd_alone_by_environment"])
+def test_epd_without_a_local_encoder(results: dict[str, Facts], scenario: str) -> None:
+    facts = results[scenario]
+    assert "crash" not in facts, facts["crash"]
+    assert (facts["ec_role"], facts["media"]) == ("ec_consumer", [0, True])
+    assert facts["ec_extra"] == {"suite": {"on_failure": "fail"}}
+    assert facts["switch"] == "1"  # what child processes go by
+    assert not [name for name in facts["non_default"] if "epd" in name]  # vLLM's Rust front end knows no such option
+    assert facts["in_cache_key"] == []
+
+
+def test_epd_text_only(result: Facts) -> None:
+    assert (result["ec_connector"], result["manager"]) == (None, None)
+    assert "is a text-only model, nothing is set" in result["lines"][0]
+
+
+def test_epd_help(result: Facts) -> None:
+    assert "--epd-no-local-encoder" in result["out"]
+    assert "Load no vision or audio encoder" in result["out"]
 
 
 def test_old_vllm_unasked(result: Facts) -> None:

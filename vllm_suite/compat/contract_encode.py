@@ -6,6 +6,7 @@ from vllm_suite.compat.contracts import Contract
 
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_INTERFACE = "vllm.v1.core.sched.interface:SchedulerInterface"
 _MANAGER = "vllm.v1.core.encoder_cache_manager:EncoderCacheManager"
 _REQUEST = "vllm.v1.request:Request"
 _OUTPUT = "vllm.v1.engine:EngineCoreOutput"
@@ -20,6 +21,7 @@ _OPTIONS_ROWS = (
     Contract(f"{_ARGS}.language_model_only", "attribute", "nothing to encode"),
     Contract(f"{_ARGS}.pipeline_parallel_size", "attribute", "refused"),
     Contract(f"{_ARGS}.worker_cls", "attribute", "whether the user named a worker"),
+    Contract("vllm.triton_utils:HAS_TRITON", "attribute", "doctor: which model runners"),
     Contract("vllm.model_executor.models.registry:_MULTIMODAL_MODELS", "attribute", "tells a text-only model"),
 )
 

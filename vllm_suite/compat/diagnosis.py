@@ -200,7 +200,7 @@ def _nixl(answer: dict[str, Any] | None) -> Check:
 
 # Checks that must be ok before a plugin can run inside vLLM.
 _NEEDED = ("python", "vllm", "vllm contracts", "entry point", "VLLM_PLUGINS", "role", "vllm platform")
-_NEEDED_BY = {"disagg": ("nixl",)}
+_NEEDED_BY = {"disagg": ("nixl",), "epd": ("nixl",)}
 
 
 def _verdict(

@@ -69,7 +69,7 @@ def test_the_connector_by_role(model: Any, role: Role, ec_role: str) -> None:
     settings = proposed(here)
     assert settings.pop("ec_transfer_config") == SUITE_CONNECTOR | {"ec_role": ec_role}
     manager = settings.pop("ec_manager_config", None)
-    assert manager == (None if role == "encode" else {"encoder_cache_manager_cls": options.MANAGER})
+    assert manager == {"encoder_cache_manager_cls": options.MANAGER}
     assert settings == ({"scheduler_cls": options.SCHEDULER} if role == "any" else {})
     options.check(ready(here))
 

@@ -1,0 +1,40 @@
+"""What the state route says of an instance's encoder outputs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_epd.exporter import EpdExporter
+
+
+def facts(role: str | None, suite: dict[str, Any] | None = None, connector: str = "SuiteECConnector") -> dict[str, Any]:
+    extra = {"suite": suite} if suite is not None else {}
+    transfer = SimpleNamespace(ec_connector=connector, ec_role=role, ec_connector_extra_config=extra)
+    config = SimpleNamespace(ec_transfer_config=transfer if role else None)
+    return EpdExporter(SimpleNamespace(vllm_config=config)).facts()
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_EC_SIDE_CHANNEL_HOST", "VLLM_EC_SIDE_CHANNEL_PORT", "VLLM_NIXL_SIDE_CHANNEL_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("VLLM_HOST_IP", raising=False)
+
+
+@pytest.mark.parametrize("role", ["ec_producer", "ec_both"])
+def test_a_producer_says_where_items_are_claimed(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert facts(role) == {"ec": {"host": "127.0.0.1", "port": 0, "role": role}}
+    monkeypatch.setenv("VLLM_EC_SIDE_CHANNEL_HOST", "10.0.0.7")
+    monkeypatch.setenv("VLLM_EC_SIDE_CHANNEL_PORT", "5601")
+    assert facts(role) == {"ec": {"host": "10.0.0.7", "port": 5601, "role": role}}
+    assert facts(role, {"host": "10.0.0.8", "port": 7001})["ec"] == {"host": "10.0.0.8", "port": 7001, "role": role}
+
+
+def test_a_consumer_serves_nothing_and_others_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_EC_SIDE_CHANNEL_PORT", "5601")
+    assert facts("ec_consumer") == {"ec": {"host": "", "port": 0, "role": "ec_consumer"}}
+    assert facts("ec_producer", connector="ECExampleConnector") == {}
+    assert facts(None) == {}
