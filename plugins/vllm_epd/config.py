@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 class EpdConfig(BaseModel):
     """How encoder outputs are kept, leased, claimed and read. Times are seconds, sizes are bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     pool_bytes: int = Field(256 << 20, gt=0, description="Producer: memory for items, on the runner's device.")
     host_pool_bytes: int = Field(0, ge=0, description="Producer: a second tier in host memory; 0 for none.")
