@@ -46,7 +46,8 @@ def free_port() -> int:
 class Instance:
     """`script` holds what the next requests get, one word each; `ok` when it is empty.
 
-    ok · a status code · hang · slow (0.4 s before the first byte) · reset (connection closed unanswered) ·
+    ok · a status code · hang · slow (0.4 s before the first byte) · slow400 · role_error (a stream that begins with
+    the role and then a server error) · reset (connection closed unanswered) ·
     die (closed after two events) · die_first (closed after the head) · die_json (closed inside a JSON body) ·
     stall (silent after two events) · error_event (a stream that begins with a server error) ·
     trickle (an event each 50 ms) · garbage (200 with a body that is no JSON) · no_reference
@@ -143,8 +144,10 @@ class Instance:
             return _error(int(word), f"scripted {word}")
         if word == "hang":
             await asyncio.sleep(30)
-        if word == "slow":
+        if word.startswith("slow"):
             await asyncio.sleep(0.4)
+        if word == "slow400":
+            return _error(400, "scripted 400")
         transport = request.transport
         assert transport is not None
         if word == "reset":
@@ -181,7 +184,11 @@ class Instance:
         if word == "die_first":
             transport.close()
             return response
-        if word == "error_event":
+        if word == "role_error":
+            role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+            await response.write(b"data: " + json.dumps(role).encode() + b"\n\n")
+            await asyncio.sleep(0.05)
+        if word in ("error_event", "role_error"):
             event = {"error": {"message": "KV load failed", "type": "InternalServerError", "param": None, "code": 500}}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await response.write(b"data: [DONE]\n\n")

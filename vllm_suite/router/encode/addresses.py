@@ -11,10 +11,28 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from vllm_suite.router.encode.refusal import BadMedia
 
-# Global by their registry and yet a cloud's own: Azure's host agent.
-_METADATA = frozenset({ip_address("168.63.129.16")})
-# Prefixes that carry an IPv4 address to whatever it names: translation (well-known, local), and old tunnels.
-_EMBEDDING = tuple(ip_network(text) for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96"))
+# What `ipaddress` calls global in some Python versions, or what is global by its registry and yet leads inside:
+# protocol assignments, shared and benchmark space, Azure's host agent; translation and tunnels, which carry an IPv4
+# address to whatever it names; site-local, documentation and segment routing.
+_SPECIAL = tuple(
+    ip_network(text)
+    for text in (
+        "100.64.0.0/10",
+        "168.63.129.16/32",
+        "192.0.0.0/24",
+        "192.88.99.0/24",
+        "198.18.0.0/15",
+        "::/96",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+        "100::/64",
+        "2001::/23",
+        "2002::/16",
+        "3fff::/20",
+        "5f00::/16",
+        "fec0::/10",
+    )
+)
 
 
 class Addresses:
@@ -40,11 +58,9 @@ class Addresses:
 
 
 def _public(address: IPv4Address | IPv6Address) -> bool:
-    if address in _METADATA or not address.is_global:
+    if not address.is_global or address.is_multicast or address.is_reserved:
         return False
-    if address.is_multicast or address.is_reserved or address.is_unspecified or address.is_loopback:
-        return False
-    return not (isinstance(address, IPv6Address) and any(address in network for network in _EMBEDDING))
+    return not any(address.version == network.version and address in network for network in _SPECIAL)
 
 
 class CheckedResolver(AbstractResolver):
