@@ -153,7 +153,7 @@ class Encoder(Instance):
                     return
                 kept = {} if self.probe_mode == "none" else self.kept
                 refs = {
-                    name: facts.reference(name, "item-0", kept[name], probe.hold_s, fleet_key())
+                    name: self.facts.reference(name, "item-0", kept[name], probe.hold_s, fleet_key())
                     for name in probe.identifiers
                     if name in kept
                 }

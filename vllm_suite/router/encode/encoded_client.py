@@ -55,6 +55,7 @@ class EncodedClient:
         self._name = f"router-{os.urandom(4).hex()}"
         self._channels: dict[Keeper, _Channel] = {}
         self._resting: dict[Keeper, float] = {}
+        self._closed = False
 
     async def kept(
         self, producer: Keeper, identifiers: Sequence[str], hold_s: float, timeout_s: float
@@ -86,6 +87,8 @@ class EncodedClient:
                 return await channel.probe(identifiers, hold_s)
             except (OSError, EOFError):
                 channel.close()  # producers close connections that were idle for long; a fresh one tells
+        if self._closed:
+            raise ConnectionResetError("closed")
         self._prune()
         channel = self._channels[producer] = _Channel(producer, self._key, self._name)
         return await channel.probe(identifiers, hold_s)
@@ -113,6 +116,7 @@ class EncodedClient:
 
     def close(self) -> None:
         """Close every connection; questions in flight fail."""
+        self._closed = True
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
