@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from vllm_epd.stats import SuiteECPromMetrics, SuiteECStats
 from vllm_epd.worker import SuiteECWorker
 from vllm_suite.compat import engine_idle
 from vllm_suite.compat.ec import ECConnectorBase, ECConnectorRole
+
+logger = logging.getLogger("vllm.suite.epd")
 
 
 class SuiteECConnector(ECConnectorBase):
@@ -72,7 +75,12 @@ class SuiteECConnector(ECConnectorBase):
     # --- scheduler ---
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
-        return self.scheduler.ensure_cache_available(request, num_computed_tokens)
+        try:
+            return self.scheduler.ensure_cache_available(request, num_computed_tokens)
+        except Exception:
+            logger.exception("epd: request %s: its items could not be looked at; it fails", request.request_id)
+            self.scheduler.give_up(request.request_id)
+            return False
 
     def has_cache_item(self, identifier: str) -> bool:
         return self.scheduler.has_cache_item(identifier)
@@ -87,7 +95,12 @@ class SuiteECConnector(ECConnectorBase):
         return self.scheduler.take_unavailable_requests()
 
     def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler.request_finished(request)
+        try:
+            return self.scheduler.request_finished(request)
+        except Exception:
+            logger.exception("epd: request %s: no answer about its items", request.request_id)
+            self.scheduler.stats.count("contained_faults", "request_finished")
+            return False, None
 
     def has_pending_push_work(self) -> bool:
         return self.scheduler.has_news()

@@ -283,8 +283,11 @@ class WorkerEnd:
         if channel.flush() and channel.open:
             poller.modify(channel.sock, select.POLLIN)
         for packet in channel.receive():
-            for message in _worker_decoder.decode(packet):
-                self._on_message(message)
+            try:
+                for message in _worker_decoder.decode(packet):
+                    self._on_message(message)
+            except (msgspec.MsgspecError, RuntimeError):
+                logger.exception("epd: an order over the control link was not carried out")
         if not channel.open:
             with self._lock:
                 poller.unregister(channel.sock)

@@ -16,7 +16,7 @@ from vllm_epd.config import ConfigError, EpdConfig
 from vllm_epd.exchange import Load, StepPlan
 from vllm_epd.ledger import Ledger, Settled
 from vllm_epd.link import Counters, Drop, Evicted, Fetch, Fetched, Lost, Saved, SchedulerEnd, Serving, link_name
-from vllm_epd.sources import OwnView, Source
+from vllm_epd.sources import OwnView, Source, sound_metadata
 from vllm_epd.stats import SuiteECStats
 from vllm_suite.compat.ec import PlaceholderMetadataResolver, aborted, collect_ec_item_metadata
 from vllm_suite.compat.fence import encoder_width
@@ -87,6 +87,7 @@ class SuiteECScheduler:
         self._unloaded: set[str] = set()  # scheduled as stored: in the manager's book, not in the runner's cache
         self._unavailable: set[str] = set()
         self._failed: set[str] = set()
+        self._looked_at: set[str] = set()
         self._using: dict[str, set[str]] = {}  # identifier -> requests that were given it, for a load that is lost
         self._loads: list[Load] = []
         self._received = False
@@ -106,7 +107,7 @@ class SuiteECScheduler:
             self._note_encode_only(request)
         if not self.is_consumer:
             return True
-        if request_id in self._failed:
+        if request_id in self._failed or not self._sound(request):
             return False
         first = None
         for index, feature in enumerate(request.mm_features):
@@ -121,6 +122,18 @@ class SuiteECScheduler:
         if first is None:
             return True
         return bool(self._overlap and first > num_computed_tokens + 1 + 2 * self._lookahead)
+
+    def _sound(self, request: Any) -> bool:
+        """Whether the request's numbers may go to a worker; it fails where they may not."""
+        if request.request_id in self._looked_at:
+            return True
+        for feature in request.mm_features:
+            if not sound_metadata(feature):
+                self._ledger.refuse(request.request_id, feature.identifier, Refusal.MALFORMED)
+                self._fail(request.request_id, feature.identifier)
+                return False
+        self._looked_at.add(request.request_id)
+        return True
 
     def _have(self, request: Any, index: int) -> bool:
         """Whether the item needs nothing from elsewhere now; starts to fetch it where that is to be done."""
@@ -177,7 +190,7 @@ class SuiteECScheduler:
         return self._widths[modality]
 
     def _refuse(self, request_id: str, identifier: str, refusal: Refusal) -> None:
-        logger.warning("epd: request %s: item %.64s refused: %s", request_id, identifier, refusal)
+        logger.warning("epd: request %s: item %.64r refused: %s", request_id, identifier, refusal)
         self._ledger.refuse(request_id, identifier, refusal)
         self.stats.count("refused", refusal.value)
 
@@ -198,8 +211,14 @@ class SuiteECScheduler:
     def _fail(self, request_id: str, identifier: str) -> None:
         refusal = self._ledger.refusal(request_id, identifier)
         reason = refusal.value if refusal is not None else "no_reference"
-        logger.error("epd: request %s: item %.64s cannot be had: %s", request_id, identifier, reason)
+        logger.error("epd: request %s: item %.64r cannot be had: %s", request_id, identifier, reason)
         self.stats.count("failed_items", reason)
+        self._failed.add(request_id)
+        self._unavailable.add(request_id)
+
+    def give_up(self, request_id: str) -> None:
+        """The request brought this half into an error of its own: vLLM shall fail it, and nothing else."""
+        self.stats.count("contained_faults", "admission")
         self._failed.add(request_id)
         self._unavailable.add(request_id)
 
@@ -234,7 +253,8 @@ class SuiteECScheduler:
     def has_cache_item(self, identifier: str) -> bool:
         if self.is_consumer:
             return self._ledger.ready(identifier)
-        return identifier in self._kept
+        # vLLM's own manager would not forget the item when the pool does.
+        return identifier in self._kept and self.manager is not None
 
     def keeps(self, identifier: str) -> bool:
         """Whether a producer's entry of the manager's book is still backed by the pool or the runner's cache."""
@@ -300,6 +320,7 @@ class SuiteECScheduler:
         if unwanted := self._ledger.leave(request_id):
             self._link.send(Drop(tuple(unwanted)))
         self._failed.discard(request_id)
+        self._looked_at.discard(request_id)
         self._unavailable.discard(request_id)
         for identifier in [i for i, users in self._using.items() if request_id in users]:
             self._using[identifier].discard(request_id)
@@ -368,7 +389,7 @@ class SuiteECScheduler:
             self.stats.count("fetch_bytes", item.producer, item.size)
             self.stats.observe("fetch_seconds", item.seconds)
             return
-        logger.warning("epd: item %.64s refused: %s", item.identifier, settled.refusal)
+        logger.warning("epd: item %.64r refused: %s", item.identifier, settled.refusal)
         self.stats.count("fetches", "failed")
         self.stats.count("refused", settled.refusal.value)
         self._link.send(Drop((item.ticket,)))  # other ranks may have it, or still try

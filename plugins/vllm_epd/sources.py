@@ -18,6 +18,29 @@ from vllm_suite.encoded import ERROR_KEY, ITEM_KEY, PENDING_KEY, Pending, item_c
 from vllm_suite.handoff import Handoff, Refusal, parse
 
 MAX_CANDIDATES = 16
+# Identifiers and references travel in packets of the control link, and into log lines.
+MAX_IDENTIFIER = 1024
+MAX_SOURCE_BYTES = 16 << 10
+
+
+def usable(identifier: str) -> bool:
+    """Whether an identifier, which a client may have chosen, is one that instances can exchange."""
+    return 0 < len(identifier) <= MAX_IDENTIFIER and identifier.isprintable()
+
+
+def sound_metadata(feature: Any) -> bool:
+    """Whether the numbers that size a feature's placeholder are such as a processor makes.
+
+    vLLM's front end takes them from clients unseen, and its workers end at others.
+    """
+    for key, value in (feature.data or {}).items():
+        grid = value.data
+        if not key.endswith("grid_thw") or not hasattr(grid, "is_floating_point"):
+            continue
+        whole = not (grid.is_floating_point() or grid.is_complex())
+        if not (whole and grid.numel() == 3 and grid.dim() == 1 and bool((grid > 0).all())):
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +53,7 @@ class Source:
     @property
     def key(self) -> str:
         """Equal for equal sources."""
-        if self.ref is not None:
-            return self.ref.fingerprint() + self.ref.mac
-        assert self.pending is not None
-        return msgspec.json.encode(self.pending).decode()
+        return msgspec.json.encode(self.ref if self.ref is not None else self.pending).decode()
 
 
 class OwnView:
@@ -61,16 +81,21 @@ class OwnView:
         if not isinstance(params, dict) or identifier not in params:
             return None
         entry = params[identifier]
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or not usable(identifier):
             return Refusal.MALFORMED
+        source: Source | Refusal
         if entry.get(ITEM_KEY) is not None:
             ref = parse(entry[ITEM_KEY])
             if isinstance(ref, Refusal):
                 return ref
-            return self._refuse_ref(ref, identifier, rows) or Source(ref, None)
-        if entry.get(PENDING_KEY) is not None:
-            return self._pending(entry[PENDING_KEY], identifier)
-        return _known(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
+            source = self._refuse_ref(ref, identifier, rows) or Source(ref, None)
+        elif entry.get(PENDING_KEY) is not None:
+            source = self._pending(entry[PENDING_KEY], identifier)
+        else:
+            return _known(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
+        if isinstance(source, Source) and len(source.key) > MAX_SOURCE_BYTES:
+            return Refusal.MALFORMED
+        return source
 
     def _refuse_ref(self, ref: Handoff, identifier: str, rows: int) -> Refusal | None:
         if refusal := ref.check_signature(self.key):

@@ -35,6 +35,7 @@ from vllm_epd.peers import Me
 from vllm_epd.pool import DTYPES, Pool, Stored
 from vllm_epd.puller import Puller
 from vllm_epd.scheduler import producer_name
+from vllm_epd.sources import usable
 from vllm_epd.stats import SuiteECStats, count_pool, count_server
 from vllm_epd.tiers import new_slab
 from vllm_suite.compat.ec import device_of_worker
@@ -167,12 +168,13 @@ class SuiteECWorker:
         for identifier in self._plan.publish:
             if self._pool.keep(identifier, self.config.lease_s) is not None:
                 self._reused += 1
-            elif (tensor := encoder_cache.get(identifier)) is not None:
+            elif (tensor := encoder_cache.get(identifier)) is not None and usable(identifier):
                 self._store(identifier, tensor)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], identifier: str) -> None:
         """Store an encoder output that was just made."""
-        if self._pool is not None and (self._dedicated or identifier in (self._plan.store or ())):
+        wanted = self._dedicated or identifier in (self._plan.store or ())
+        if self._pool is not None and wanted and usable(identifier):
             self._store(identifier, encoder_cache[identifier])
 
     def _store(self, identifier: str, tensor: torch.Tensor) -> None:
@@ -184,7 +186,7 @@ class SuiteECWorker:
             self._outgoing.append(Saved(identifier, "", outcome.item_id, outcome.rows, outcome.size))
         else:
             refusal = outcome if isinstance(outcome, Refusal) else Refusal.NOT_STORED
-            logger.warning("epd: encoder output %.64s is not kept: %s", identifier, refusal)
+            logger.warning("epd: encoder output %.64r is not kept: %s", identifier, refusal)
             self._outgoing.append(Saved(identifier, refusal.value, "", 0, 0))
 
     def start_load_caches(self, encoder_cache: dict[str, torch.Tensor]) -> None:
@@ -193,7 +195,7 @@ class SuiteECWorker:
             tensor = self._contained("load", self._take, load)
             if tensor is None:
                 # The runner must find something; the scheduler's half fails who would use it.
-                logger.error("epd: item %.64s was ready and cannot be loaded", load.identifier)
+                logger.error("epd: item %.64r was ready and cannot be loaded", load.identifier)
                 self._outgoing.append(Lost(load.identifier))
                 tensor = torch.zeros(load.rows, load.width, dtype=self._dtype, device=self._device)
             encoder_cache[load.identifier] = tensor
@@ -204,6 +206,10 @@ class SuiteECWorker:
 
     def end_of_step(self) -> None:
         """Tell the scheduler's half what this step did, before the step's output leaves the worker."""
+        self._contained("end_of_step", self._tell, None)
+        self._plan = StepPlan()
+
+    def _tell(self, _: None) -> None:
         if self._pool is not None and any(isinstance(message, Saved) for message in self._outgoing):
             gone = tuple(identifier for identifier in self._announced if not self._pool.contains(identifier))
             if gone:
@@ -214,7 +220,6 @@ class SuiteECWorker:
             if (counters := self._counters()) is not None:
                 outgoing.append(counters)
             self._link.send(outgoing)
-        self._plan = StepPlan()
 
     def _contained(self, what: str, action: Callable[[Any], Any], argument: Any) -> Any:
         begun = time.monotonic()

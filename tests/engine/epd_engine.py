@@ -251,7 +251,7 @@ def _make_llm(spec: Spec) -> Any:
         extra = {**spec.ec_extra, **({"suite": spec.suite} if spec.connector == SUITE else {})}
         transfer = {"ec_connector": name, "ec_role": EC_ROLES[spec.role], "ec_connector_extra_config": extra}
         options["ec_transfer_config"] = {**transfer, **({"ec_connector_module_path": module} if module else {})}
-        if spec.connector == SUITE and spec.role != "e":
+        if spec.connector == SUITE:
             options["ec_manager_config"] = {"encoder_cache_manager_cls": MANAGER}
         if spec.connector == SUITE and spec.role == "any":
             options["scheduler_cls"] = SCHEDULER
