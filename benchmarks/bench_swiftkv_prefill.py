@@ -11,7 +11,9 @@ All engines live at once and take turns, one request each in every round; a rati
 ratios, so that load which lasts longer than a round cancels out. Beside wall time stands the CPU time of the engine's
 process (use --threads 1 for it: several threads spin while they wait for each other). Throughput is that of as many
 prompts at once as fill one step. TPOT is compared in short turns, some decode steps each, since a request's decoding
-is long enough for the load to change.
+is long enough for the load to change: one turn forth and the next back through the engines, in several rounds with
+requests of their own, and in several starts, since engines of one kind differ from start to start. The medians of
+rounds and starts stand beside the pooled one.
 
 Beside a speed-up stands its bound 1 / (1 - s * (1 - KV / (g * F))), from the FLOPs of a prompt token with attention.
 
@@ -106,26 +108,29 @@ def take_turns(
 
 
 def decode_in_turns(alive: dict[str, Engine], args: argparse.Namespace, tokens: int) -> Turns:
-    """Wall and CPU seconds of a decode step, turn by turn; each engine decodes one request of ``tokens`` tokens."""
-    rng = random.Random(tokens)
-    prompt = [rng.randrange(2, args.shape.vocab) for _ in range(tokens)]
+    """Wall and CPU seconds of a decode step, turn by turn; in each round every engine decodes a request of its own.
+
+    Equal numbers of turns go forth and back through the engines, so that none is always the one after another.
+    """
     names = list(alive)
-    for engine in alive.values():
-        engine.open(prompt, decoded_in_turns(args))
     taken: Turns = {name: [] for name in names}
-    for turn in range(args.turns + 1):  # the first one warms up
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            one = alive[name].steps(STEPS_OF_A_TURN)
-            if turn:
-                taken[name].append(one)
-    for engine in alive.values():
-        engine.end()
+    for number in range(args.decode_rounds):
+        rng = random.Random(f"{tokens} {number}")
+        prompt = [rng.randrange(2, args.shape.vocab) for _ in range(tokens)]
+        for engine in alive.values():
+            engine.open(prompt, decoded_in_turns(args))
+        for turn in range(args.turns + 1):  # the first one warms up
+            for name in names if (turn + number) % 2 else names[::-1]:
+                one = alive[name].steps(STEPS_OF_A_TURN)
+                if turn:
+                    taken[name].append(one)
+        for engine in alive.values():
+            engine.end()
     return taken
 
 
 def decoded_in_turns(args: argparse.Namespace) -> int:
-    """Tokens that `decode_in_turns` takes at most."""
+    """Tokens that a round of `decode_in_turns` takes at most."""
     turns: int = args.turns
     return (turns + 2) * (STEPS_OF_A_TURN + 1)
 
@@ -176,8 +181,9 @@ def summarise(
                 pairs = zip(turns[name], turns[other], strict=True)
                 values = [mine[at] / theirs[at] for mine, theirs in pairs]
                 versus[key] = spread(values)
-                starts = [values[i : i + args.turns] for i in range(0, len(values), args.turns)]
-                versus[f"{key}_by_start"] = [statistics.median(one) for one in starts]
+                for part, count in (("round", args.turns), ("start", args.turns * args.decode_rounds)):
+                    parts = [values[i : i + count] for i in range(0, len(values), count)]
+                    versus[f"{key}_by_{part}"] = [statistics.median(one) for one in parts]
             versus["tpot_ratio_of_requests"] = ratios(timings, single[other], "decode")
             row[f"against_{other}"] = versus
         if "against_base" in row:
@@ -231,7 +237,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         return f"{found['median']:.3f} ({found['p25']:.3f}-{found['p75']:.3f})" if found else ""
 
     columns = ["kind", "TTFT ms", "TPOT ms", "prefill tok/s", "TTFT x base", "(CPU time)", "x off", "bound", "of bound"]
-    columns += ["tok/s x base", "TPOT / base", "(CPU time)"]
+    columns += ["tok/s x base", "TPOT / base", "(CPU time)", "rounds", "starts"]
     table = []
     for row in rows:
         cells = [row["kind"], *(f"{row[key]['median']:.2f}" for key in ("ttft_ms", "tpot_ms"))]
@@ -240,8 +246,11 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         cells += [against(row, "off", "ttft_speedup"), f"{row['bound']:.3f}"]
         cells += [f"{row['of_bound']:.1%}" if "of_bound" in row else "", against(row, "base", "throughput_speedup")]
         cells += [against(row, "base", "tpot_ratio"), against(row, "base", "tpot_ratio_cpu_time")]
+        for part in ("round", "start"):
+            medians = row.get("against_base", {}).get(f"tpot_ratio_by_{part}")
+            cells.append(f"{min(medians):.3f}-{max(medians):.3f}" if medians else "")
         table.append(cells)
-    show_table(f"{title}: medians (quartiles of the rounds' ratios)", columns, table)
+    show_table(f"{title}: medians (quartiles of ratios); medians of TPOT's rounds and starts", columns, table)
 
 
 def targets(rows: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, bool | None]:
@@ -284,22 +293,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for size in (*SIZES, "tp"):
         parser.add_argument(f"--{size.replace('_', '-')}", type=positive, metavar="N")
     parser.add_argument("--cut", type=float, default=0.5, help="share of layers that prompt tokens skip")
-    parser.add_argument("--kinds", type=kind_names, default=list(KINDS), metavar="LIST")
+    parser.add_argument(
+        "--kinds", type=kind_names, default=["base", "armed"], metavar="LIST", help="of " + ", ".join(KINDS)
+    )
     parser.add_argument("--groups", type=numbers, default=[1], metavar="LIST", help="AcrossKV group sizes")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--lengths", type=numbers, default=[128, 512, 2000], metavar="LIST", help="prompt tokens")
     parser.add_argument("--output-tokens", type=positive, default=17, metavar="N", help="per request")
     parser.add_argument("--chunk", type=positive, metavar="N", help="a second series with N tokens in a step")
-    parser.add_argument("--repeat", type=positive, default=6, help="rounds per length")
-    parser.add_argument("--starts", type=positive, default=1, help="of all engines; see TPOT in the README")
-    parser.add_argument("--turns", type=positive, default=40, help="of decoding, per length")
+    parser.add_argument("--repeat", type=positive, default=4, help="rounds per length and start")
+    parser.add_argument("--starts", type=positive, default=2, help="of all engines; see TPOT in the README")
+    parser.add_argument("--decode-rounds", type=positive, default=4, help="of TPOT, per length and start")
+    parser.add_argument("--turns", type=positive, default=16, help="of decoding, per round")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of an engine, on CPU")
     parser.add_argument("--block-size", type=positive, default=32, help="of the KV cache")
     parser.add_argument("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="also print torch's profile of the longest prompt")
     args = parser.parse_args(argv)
     if args.quick:
-        args.repeat, args.turns, args.lengths, args.groups, args.chunk = 2, 5, args.lengths[:2], args.groups[:1], None
+        args.repeat, args.decode_rounds, args.turns, args.starts, args.chunk = 2, 2, 4, 1, None
+        args.lengths, args.groups = args.lengths[:2], args.groups[:1]
     changed = {size: getattr(args, size) for size in (*SIZES, "tp") if getattr(args, size) is not None}
     try:
         args.shape = dataclasses.replace(PRESETS[args.shape], **changed)

@@ -57,8 +57,8 @@ def write_text(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def train_teacher(path: Path, texts: list[str], *, steps: int, seed: int = 0, **shape: Any) -> Path:
-    """Train a Llama on ``texts`` and write it, with its tokenizer, into ``path``."""
+def train_teacher(path: Path, texts: list[str], *, steps: int, rows: int = 8, seed: int = 0, **shape: Any) -> Path:
+    """Train a Llama on ``texts``, ``rows`` of 128 tokens a step, and write it, with its tokenizer, into ``path``."""
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path, model_max_length=2048)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, model_max_length=10**9)
@@ -75,7 +75,7 @@ def train_teacher(path: Path, texts: list[str], *, steps: int, seed: int = 0, **
     )
     model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    for step, ids in enumerate(_batches(stream, steps, rows=8, length=128)):
+    for step, ids in enumerate(_batches(stream, steps, rows=rows, length=128)):
         rate = 3e-3 * min((step + 1) / 20, (steps - step) / (0.7 * steps), 1.0)
         optimizer.param_groups[0]["lr"] = rate
         logits = model(ids[:, :-1], use_cache=False).logits

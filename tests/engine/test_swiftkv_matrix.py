@@ -63,17 +63,14 @@ def serve_and_hit(model: Path, engine: Engine, armed: bool, eager: bool = True) 
 
 # --- cuts, groups, families, budgets, flag, prefix cache ---
 
+# Every family, every cut, every group, every budget, the skip on and off.
 SAMPLE = [
     ("llama", "half", 1, 32, True),
-    ("llama", "first", 4, 128, True),
     ("llama", "last", 2, 48, False),
     ("mistral", "half", 4, 48, True),
     ("qwen2", "first", 2, 32, True),
-    ("qwen2", "half", 2, 128, False),
-    ("qwen3", "half", 2, 48, True),
     ("qwen3", "last", 4, 1024, True),
     ("qwen3_moe", "last", 1, 128, True),
-    ("qwen3_moe", "half", 2, 48, False),
 ]
 WHOLE = [
     (family, cut, group, budget, armed)
@@ -122,20 +119,20 @@ def test_equals_the_reference_in_other_shapes(checkpoint: Checkpoint, family: st
 
 # --- preemption ---
 
+RESUMED = [("qwen2", 2, True, True), ("qwen2", 2, True, False), ("llama", 1, False, True)]
+
 
 @pytest.mark.parametrize(
-    ("family", "group", "armed"),
+    ("family", "group", "armed", "cached"),
     [
-        ("qwen2", 2, True),
-        ("llama", 1, False),
+        *RESUMED,
         *(
-            pytest.param(family, group, armed, marks=pytest.mark.slow)
-            for family, group, armed in itertools.product(FAMILIES, GROUPS, (True, False))
-            if (family, group, armed) not in (("qwen2", 2, True), ("llama", 1, False))
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(FAMILIES, GROUPS, (True, False), (True, False))
+            if case not in RESUMED
         ),
     ],
 )
-@pytest.mark.parametrize("cached", [True, False])
 def test_preempted_requests_resume_exactly(
     checkpoint: Checkpoint, family: str, group: int, armed: bool, cached: bool
 ) -> None:
@@ -221,7 +218,7 @@ def test_compiled(
     checkpoint: Checkpoint, tmp_path: Path, family: str, group: int, armed: bool, speculate: bool
 ) -> None:
     """Both regions compiled. NaN everywhere in the caches first: a late key that is not written shows at once."""
-    model = checkpoint(family, layers=8, cut=4, group=group)
+    model = checkpoint(family, layers=6, cut=2, group=group)  # the compiler's time goes with the layers
     llm = {"speculative_config": NGRAM} if speculate else {}
     cold = {"VLLM_CACHE_ROOT": str(tmp_path)}
     with se.engine(model, armed=armed, eager=False, budget=48, env=cold, llm=llm) as engine:

@@ -35,7 +35,13 @@ def _spec(name: str, model: Path, **llm: Any) -> Spec:
     return Spec(name, model, suite=SUITE, env=ENV, llm={"max_num_batched_tokens": 256, **llm})
 
 
-@pytest.fixture(scope="module", params=[("llama", 1), ("qwen3", 2)], ids=["llama", "qwen3, groups of two"])
+KINDS = [
+    pytest.param(("llama", 1), id="llama", marks=pytest.mark.slow),
+    pytest.param(("qwen3", 2), id="qwen3, groups of two"),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Three]:
     family, group = request.param
     model = tmp_path_factory.mktemp("model") / "swiftkv"

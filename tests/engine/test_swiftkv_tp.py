@@ -33,7 +33,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("family", "kv_heads", "group"), [("llama", 1, 2), ("qwen2", 2, 1)])
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "group"), [("llama", 1, 2), pytest.param("qwen2", 2, 1, marks=pytest.mark.slow)]
+)
 def test_two_ranks_answer_as_the_reference(tmp_path: Path, family: str, kv_heads: int, group: int) -> None:
     model = make_swiftkv_checkpoint(
         tmp_path / "m", family, layers=8, cut=4, group=group, num_key_value_heads=kv_heads, num_attention_heads=4
