@@ -85,5 +85,5 @@ class Encode(Settings):
     answer_bytes: Bytes = 16 * 1024 * 1024
     known_items: Count = Field(default=16_384, description="items remembered with where they are kept")
     probe_s: Seconds = Field(default=0.25, description="how long a producer may take to say which items it keeps")
-    probe_hold_s: Seconds = Field(default=10.0, description="how long it is asked to keep those that it has")
+    probe_hold_s: Seconds = Field(default=30.0, description="how long it is asked to keep those that it has")
     fetch: Fetch = Fetch()

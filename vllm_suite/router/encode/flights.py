@@ -45,6 +45,12 @@ class Flight:
         found = self.landed.result() if self.landed.done() else None
         return found if isinstance(found, Encoded) else None
 
+    @property
+    def failure(self) -> UpstreamFailure | Rejected | None:
+        """Why there is none, where that is settled by now."""
+        found = self.landed.result() if self.landed.done() else None
+        return None if isinstance(found, Encoded) else found
+
 
 @dataclass(eq=False, slots=True)
 class _Shard:

@@ -53,7 +53,8 @@ class Plan:
         self._settings = settings
         self._embeds = embeds
         self._key = key
-        self._gave_up = False
+        self.gave_up = False  # an instance could not use our references
+        self.overlapped = False  # prefill did not wait for the items
         self._referred: set[Member] = set()
         self.document = document
         self.items = items
@@ -66,7 +67,7 @@ class Plan:
 
     def document_for(self, member: Member) -> dict[str, Any]:
         """The client's document as `member` gets it: references, and placeholders where they are enough."""
-        if self._gave_up or not member.takes_items:
+        if self.gave_up or not member.takes_items:
             return self.document
         references: dict[str, dict[str, Any]] = {}
         usable: dict[str, Encoded] = {}
@@ -139,9 +140,9 @@ class Plan:
 
         Raises `MediaRefused` where the settings want no local encoding.
         """
-        if self._gave_up or member not in self._referred:
+        if self.gave_up or member not in self._referred:
             return False
-        self._gave_up = True
+        self.gave_up = True
         if self._settings.fallback == "error":
             names = ", ".join(slot.item.name for slot in self.slots.values())
             raise MediaRefused(502, "unavailable", f"an instance could not get or use what was encoded of {names}")
@@ -150,7 +151,7 @@ class Plan:
     def rejection(self) -> MediaRefused | None:
         """An encoder's refusal of one of the items, if there is one by now."""
         for slot in self.slots.values():
-            outcome = slot.flight.landed.result() if slot.flight is not None and slot.flight.landed.done() else None
-            if isinstance(outcome, Rejected):
-                return slot.item.refused(BadMedia(400, "rejected", str(outcome)))
+            failure = slot.flight.failure if slot.flight is not None else None
+            if isinstance(failure, Rejected):
+                return slot.item.refused(BadMedia(400, "rejected", str(failure)))
         return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 
 import aiohttp
@@ -21,7 +22,7 @@ from vllm_suite.router.encode.known import Encoded, Known
 from vllm_suite.router.encode.parts import find_media
 from vllm_suite.router.encode.plan import Plan, Slot
 from vllm_suite.router.encode.refusal import MediaRefused
-from vllm_suite.router.errors import UpstreamFailure
+from vllm_suite.router.errors import StageTimeout, UpstreamFailure
 from vllm_suite.router.job import Job
 from vllm_suite.router.members import Member, Pool
 from vllm_suite.router.membership import Membership
@@ -88,7 +89,7 @@ class EncodeStage:
             return
         scope = scope_of(document)
         hops = 1 + ceil(len(found.items) / settings.fetch.concurrency) * settings.fetch.timeout_s
-        with job.guard.within("media", _CHECK_S + hops):
+        with self._within(job, "media", _CHECK_S + hops):
             await self._admission.admit(document, found.items, scope)
         for item in found.items:
             remembered = self._known.get(item.identity)
@@ -109,7 +110,7 @@ class EncodeStage:
         began = time.perf_counter()
         metrics = self._metrics
         if any(member.takes_items for member in consumers):
-            with job.guard.within("encode", self._longest_s()):
+            with self._within(job, "encode", self._longest_s()):
                 await self._look_up(plan)
                 missing = [slot for slot in plan.slots.values() if slot.kept is None]
                 members = self._encoders(plan.request.scope.model, decode) if missing else []
@@ -118,6 +119,7 @@ class EncodeStage:
                     for slot, flight in zip(missing, flights, strict=True):
                         slot.flight = flight
                 if missing and members and self._overlaps(plan, missing):
+                    plan.overlapped = True
                     metrics.count("encode_requests", "overlapped")
                     return
                 await self._wait(missing)
@@ -129,13 +131,28 @@ class EncodeStage:
     def finish(self, plan: Plan) -> None:
         """The request has ended: count its items, give up what is still under way."""
         for item in plan.items:
-            self._metrics.count("encode_items", item.modality, _outcome(plan.slots[item.identity]))
+            outcome = self._outcome(plan.slots[item.identity])
+            self._metrics.count("encode_items", item.modality, outcome)
         for slot in plan.slots.values():
+            failure = slot.flight.failure if slot.flight is not None else None
+            if plan.overlapped and isinstance(failure, UpstreamFailure):
+                self._metrics.count("recoveries", "encode_local", failure.kind)
+            if plan.gave_up:
+                self._known.drop(slot.item.identity)
             if slot.encoded is not None and slot.encoded.identifier != slot.item.identity:
                 self._note_odd(plan)
             if slot.flight is not None:
                 self._flights.leave(slot.flight)
         self._live.known_items = len(self._known)
+
+    @contextmanager
+    def _within(self, job: Job, stage: str, seconds: float) -> Iterator[None]:
+        try:
+            with job.guard.within(stage, seconds):
+                yield
+        except StageTimeout as exc:
+            self._metrics.count("timeouts", exc.stage)
+            raise
 
     def _longest_s(self) -> float:
         settings = self._settings
@@ -206,23 +223,23 @@ class EncodeStage:
         for slot in plan.slots.values():
             if slot.encoded is not None:
                 continue
-            failure = slot.flight.landed.result() if slot.flight is not None else None
-            kind = failure.kind if isinstance(failure, UpstreamFailure) else "no_encoder"
+            failure = slot.flight.failure if slot.flight is not None else None
+            if not isinstance(failure, UpstreamFailure):
+                failure = UpstreamFailure("no_encoder", "no encode instance is ready", status=503)
             if self._settings.fallback == "error":
-                status = failure.status if isinstance(failure, UpstreamFailure) else 503
-                why = str(failure) if failure else "no encode instance is ready"
-                raise MediaRefused(status, "unencoded", f"{slot.item.name}: {why}", slot.item.where)
-            if failure is not None or any(member.role == "encode" for member in self._pool.members):
-                self._metrics.count("recoveries", "encode_local", kind)
+                why = f"{slot.item.name}: {failure}"
+                raise MediaRefused(failure.status, "unencoded", why, slot.item.where)
+            if slot.flight is not None or any(member.role == "encode" for member in self._pool.members):
+                self._metrics.count("recoveries", "encode_local", failure.kind)
 
-
-def _outcome(slot: Slot) -> str:
-    if slot.kept is not None:
-        return "kept"
-    if slot.flight is None:
-        return "local"
-    if not slot.flight.landed.done():
-        return "left"
-    if slot.encoded is not None:
-        return "encoded"
-    return "failed" if isinstance(slot.flight.landed.result(), Rejected) else "local"
+    def _outcome(self, slot: Slot) -> str:
+        """The label of what became of an item: kept, encoded, local, failed, or left under way."""
+        flight = slot.flight
+        if slot.kept is not None:
+            return "kept"
+        if flight is not None and not flight.landed.done():
+            return "left"
+        if slot.encoded is not None:
+            return "encoded"
+        refused = flight is not None and isinstance(flight.failure, Rejected)
+        return "failed" if refused or self._settings.fallback == "error" else "local"
