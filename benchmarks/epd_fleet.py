@@ -15,13 +15,12 @@ from vllm_suite.fleet.demo_epd_spec import EpdOptions, epd_fleet, router_over
 from vllm_suite.fleet.demo_spec import free_ports, single_engine
 from vllm_suite.fleet.keeper import adopt_orphans
 from vllm_suite.fleet.launch import Launch
+from vllm_suite.fleet.process import FleetProcess
 from vllm_suite.fleet.scrape import Samples, scrape
 from vllm_suite.fleet.supervisor import Supervisor, supervise
 
 if TYPE_CHECKING:
     import aiohttp
-
-    from vllm_suite.fleet.process import FleetProcess
 
 KINDS = ("monolithic", "E+PD", "1E+P+D", "2E+P+D")
 _ENCODERS = {"monolithic": 0, "E+PD": 1, "1E+P+D": 1, "2E+P+D": 2}
@@ -34,6 +33,11 @@ class Systems:
     urls: dict[str, str]
     instances: tuple[Launch, ...]
     routers: tuple[Launch, ...]
+    encoders: tuple[FleetProcess, ...]
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds that each encoder's processes have used."""
+        return {process.name: sum(map(_cpu_s, process.pids())) for process in self.encoders}
 
     async def counts(self, session: aiohttp.ClientSession) -> Counts:
         """Sums over the fleet. Raises RuntimeError where a process gives no metrics."""
@@ -77,7 +81,7 @@ async def systems(folder: Path, model: Path) -> AsyncIterator[Systems]:
             routers.append(router)
         await (await stack.enter_async_context(Supervisor(single, plain.local, _say))).start()
         urls["monolithic"] = single[0].url
-        yield Systems(urls, tuple(instances), tuple(routers))
+        yield Systems(urls, tuple(instances), tuple(routers), tuple(own.processes[:2]))
 
 
 def idle_cores(seconds: float = 0.5) -> float:
@@ -86,6 +90,14 @@ def idle_cores(seconds: float = 0.5) -> float:
     time.sleep(seconds)
 
     return (_idle_ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended
+        return 0.0
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _idle_ticks() -> int:

@@ -94,7 +94,7 @@ def test_the_papers_models_have_their_published_size() -> None:
     assert billions == {"MiniCPM-V 2.6": 8.1, "InternVL2-8B": 8.1, "InternVL2-26B": 25.5}
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_qwen_tokens_are_those_of_its_processor(width: int, height: int) -> None:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -105,7 +105,7 @@ def test_qwen_tokens_are_those_of_its_processor(width: int, height: int) -> None
     assert tokens.qwen(14, 2, 3136, 200_704)(width, height).tokens == h * w // 28**2
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 12))
 def test_intern_tiles_are_those_of_its_processor(width: int, height: int, most: int) -> None:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas

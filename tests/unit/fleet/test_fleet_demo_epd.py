@@ -12,19 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_suite import catalog
 from vllm_suite.fleet.demo_epd_report import Counts, Phase, make_report, print_report
 from vllm_suite.fleet.demo_epd_spec import EpdOptions, epd_fleet, pictures_of, router_over, workload
 from vllm_suite.fleet.launch import plan_instances
 from vllm_suite.fleet.replay import Answer
 from vllm_suite.fleet.scrape import parse
 from vllm_suite.router.config import RouterConfig
-
-
-@pytest.fixture
-def _epd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setitem(catalog.PLUGINS, "epd", dataclasses.replace(catalog.PLUGINS["epd"], landed=True))
 
 
 def urls(requests: Any) -> list[str]:
@@ -50,8 +43,8 @@ def test_a_round_differs_by_its_salt_alone() -> None:
     assert {key for key in first.body if first.body[key] != second.body[key]} == {"cache_salt"}
 
 
-@pytest.mark.usefixtures("_epd")
-def test_a_second_router_knows_some_of_the_instances(tmp_path: Path) -> None:
+def test_a_second_router_knows_some_of_the_instances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     fleet = epd_fleet(EpdOptions(folder=tmp_path), "m")
     instances = plan_instances(fleet)
     assert [one.role for one in instances] == ["encode", "encode", "prefill", "decode"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -14,7 +13,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_suite import catalog
 from vllm_suite.fleet import launch as launch_module
 from vllm_suite.fleet import up
 from vllm_suite.fleet.demo_spec import DemoOptions, demo_fleet, single_engine
@@ -35,11 +33,6 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def fleet(**over: Any) -> FleetSpec:
     data: dict[str, Any] = {"model": "m", "pools": {"prefill": {}, "decode": {}}, "local": {"device": "cpu"}}
     return FleetSpec.model_validate({**data, **over})
-
-
-@pytest.fixture
-def _epd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(catalog.PLUGINS, "epd", dataclasses.replace(catalog.PLUGINS["epd"], landed=True))
 
 
 def after(launch: Launch, flag: str) -> str:
@@ -66,7 +59,6 @@ def test_a_cpu_instance() -> None:
     assert prefill.ports == (8100, 15600)
 
 
-@pytest.mark.usefixtures("_epd")
 def test_an_encoder_is_told_where_to_serve_its_outputs() -> None:
     pools = {"encode": {"replicas": 2}, "prefill": {}, "decode": {}}
     spec = fleet(plugins=["disagg", "epd"], pools=pools, engine={"limit_mm_per_prompt": {"image": 4}})
@@ -82,7 +74,6 @@ def test_an_encoder_is_told_where_to_serve_its_outputs() -> None:
     assert [target.role for target in config.membership.static] == ["encode", "encode", "prefill", "decode"]
 
 
-@pytest.mark.usefixtures("_epd")
 def test_a_text_model_has_nothing_to_encode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pools: dict[str, Any] = {"encode": {}, "any": {}}
     spec = fleet(model=str(tmp_path), plugins=["disagg", "epd"], pools=pools)
