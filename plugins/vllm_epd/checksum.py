@@ -22,9 +22,10 @@ import torch
 CHECKSUM_BYTES = 16
 _WORDS = 1024  # of 32 bits, in a row
 _ROW_BYTES = 4 * _WORDS
-# Rows widened to 64 bits at a time: a CPU keeps this much in its second-level cache; a GPU wants few launches.
+# Rows widened to 64 bits at a time: a CPU keeps this much in its second-level cache; a GPU wants few launches, and has
+# little memory beside the engine's.
 _CPU_ROWS = 64
-_GPU_ROWS = 16384
+_GPU_ROWS = 2048
 _MASK = (1 << 64) - 1
 
 

@@ -9,31 +9,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import secrets
 from typing import Any, NamedTuple
 
 from vllm_epd.agent import Agent
 from vllm_epd.answers import Answers, ServerCounts, within
+from vllm_epd.item_connection import Connection, Limits
 from vllm_epd.pool import Pool
-from vllm_suite.encoded import (
-    MAX_MESSAGE_BYTES,
-    Answer,
-    BadMessage,
-    Challenge,
-    Claim,
-    Granted,
-    Hello,
-    Idle,
-    Kept,
-    Probe,
-    Producer,
-    Refused,
-    Welcome,
-    frame,
-    hello_mac,
-    read_frame,
-    request_decoder,
-)
+from vllm_suite.encoded import BadMessage, Claim, Granted, Hello, Producer, Refused, Welcome, hello_mac
 from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread, bind
 
@@ -42,8 +24,6 @@ __all__ = ["Facts", "ItemServer", "Limits", "ServerCounts"]
 logger = logging.getLogger("vllm.suite.epd")
 
 START_TIMEOUT_S = 5.0
-# Claims that one connection remembers before it looks which of them have ended by themselves.
-MAX_OPEN_CLAIMS = 4096
 
 
 class Facts(NamedTuple):
@@ -53,29 +33,6 @@ class Facts(NamedTuple):
     epoch: str
     model: str
     layout: str
-
-
-class Limits(NamedTuple):
-    """What one server takes from outside.
-
-    Attributes:
-        idle_s: a connection that says nothing and waits for nothing is closed; its other end opens a new one.
-        greeting_s: from the opening of a connection to its greeting.
-        frame_s: from the first byte of a message to its last, in both directions.
-        greeting_bytes: what is read of a connection that has not shown that it knows the key.
-        connections, waiting: at a time; ``waiting`` counts claims for items that are being encoded.
-        wait_s: longest such wait.
-        failure_memory_s: an encoding that failed is remembered for claims that come a moment later.
-    """
-
-    idle_s: float = 300.0
-    greeting_s: float = 5.0
-    frame_s: float = 5.0
-    greeting_bytes: int = 4096
-    connections: int = 1024
-    waiting: int = 4096
-    wait_s: float = 600.0
-    failure_memory_s: float = 2.0
 
 
 class ItemServer:
@@ -162,7 +119,7 @@ class ItemServer:
             writer.close()
             return
         self._connections.add(task)
-        connection = _Connection(self, reader, writer)
+        connection = Connection(self, reader, writer)
         peer = writer.get_extra_info("peername")
         try:
             await connection.run()
@@ -242,96 +199,3 @@ class ItemServer:
         for news in self._waiting.get(identifier, ()):
             if not news.done():
                 news.set_result(refusal)
-
-
-class _Connection:
-    """One consumer or router. What waits or computes has a task of its own; the rest is answered in order."""
-
-    def __init__(self, server: ItemServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._server = server
-        self._reader = reader
-        self._writer = writer
-        self._tasks: set[asyncio.Task[None]] = set()
-        # Claims granted here and not released here; nobody ends those of another connection.
-        self._claims: set[int] = set()
-
-    async def run(self) -> None:
-        """Greet, then answer until the other end goes away or misbehaves."""
-        limits = self._server.limits
-        if not await self._greet():
-            return
-        while True:
-            try:
-                message = await read_frame(
-                    self._reader, request_decoder, idle_timeout_s=limits.idle_s, frame_timeout_s=limits.frame_s
-                )
-            except Idle:
-                if self._tasks:
-                    continue
-                return
-            match message:
-                case Claim():
-                    answer = self._server.claim(message)
-                    if answer is None:
-                        self._begin(self._answer_later(message))
-                    else:
-                        await self._send(answer)
-                case Probe():
-                    await self._send(self._server.answers.probe(message))
-                case Hello():
-                    raise BadMessage("a second greeting")
-                case _:
-                    self._begin(self._release(message.seq, message.claim, message.ok))
-
-    async def _greet(self) -> bool:
-        limits, nonce = self._server.limits, secrets.token_bytes(32)
-        await self._send(Challenge(nonce))
-        async with asyncio.timeout(limits.greeting_s):
-            hello = await read_frame(self._reader, request_decoder, limit=limits.greeting_bytes)
-        if not isinstance(hello, Hello):
-            raise BadMessage(f"{type(hello).__name__} before the greeting")
-        answer = self._server.welcome(nonce, hello)
-        await self._send(answer)
-        return isinstance(answer, Welcome)
-
-    def _begin(self, work: Any) -> None:
-        task = asyncio.create_task(self._guarded(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _guarded(self, work: Any) -> None:
-        try:
-            await work
-        except (TimeoutError, ConnectionError):
-            self._writer.close()  # `run` meets the end of the stream
-
-    async def _answer_later(self, claim: Claim) -> None:
-        await self._send(await self._server.wait_for(claim))
-
-    async def _release(self, seq: int, claim: int, ok: bool) -> None:
-        if claim in self._claims:
-            self._claims.discard(claim)
-            if ok:
-                self._server.answers.release(claim, ok)
-            else:  # which compares the item's bytes with its checksum
-                await asyncio.to_thread(self._server.answers.release, claim, ok)
-        await self._send(Kept(seq, {}))
-
-    async def _send(self, answer: Answer) -> None:
-        data = frame(answer)
-        if len(data) > MAX_MESSAGE_BYTES and not isinstance(answer, Challenge):
-            self._server.answers.counts.add("faults", "answer_too_long")
-            data = frame(Refused(answer.seq, Refusal.TOO_LARGE.value))
-        elif isinstance(answer, Granted):
-            if len(self._claims) >= MAX_OPEN_CLAIMS:
-                self._claims = self._server.answers.alive(self._claims)
-            self._claims.add(answer.claim)
-        self._writer.write(data)
-        async with asyncio.timeout(self._server.limits.frame_s):
-            await self._writer.drain()
-
-    def end(self) -> None:
-        """Close it, and forget the claims that wait."""
-        for task in self._tasks:
-            task.cancel()
-        self._writer.close()

@@ -473,7 +473,7 @@ async def test_an_answer_too_long_for_the_channel_is_a_refusal(
     producer: LocalProducer, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     producer.put("a")
-    monkeypatch.setattr("vllm_epd.item_server.MAX_MESSAGE_BYTES", 100)
+    monkeypatch.setattr("vllm_epd.item_connection.MAX_MESSAGE_BYTES", 100)
     assert await consumer.claim("a") == "too_large"
     assert producer.server.take_counts().faults == {"answer_too_long": 1}
 
