@@ -133,6 +133,9 @@ class Chain:
                 if rejection is not None:
                     raise rejection
                 job.stage = "stream"
+                if media is not None:
+                    job.prompt.document, body, own = None, b"", b""
+                    media.forget_media()
                 metrics.observe(time.perf_counter() - job.started, "first_byte_seconds", job.path)
                 if job.hashes and answer.response.status == 200:
                     member.history.add(job.hashes)

@@ -116,6 +116,16 @@ async def test_large_media_pass_through_a_thread(instance, encoder, serve):
     assert (status, answer["error"]["message"]) == (400, "item 0 (image_url): its data is not valid base64")
 
 
+def test_padding_between_two_pieces_is_found():
+    """Base64 is checked in pieces; each may be right by itself."""
+    inner = base64.b64encode(bytes((1 << 20) * 3 // 4 - 1)).decode()
+    assert len(inner) == 1 << 20
+    assert inner.endswith("=")
+    with pytest.raises(BadMedia, match="base64"):
+        admitted({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{inner}AAAA"}})
+    assert admitted({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{inner}"}}).size == 786_431
+
+
 async def test_media_in_python_s_own_json_are_refused(instance, encoder, serve):
     """NaN passes vLLM's parser and not ours; it must not be a way around the checks."""
     _, _, d, router = await fleet(instance, encoder, serve)

@@ -128,6 +128,14 @@ class Plan:
         wait_s = settings.queue_s + (1 + settings.retries) * settings.call_s
         return Pending(identifier=flight.item.identity, candidates=candidates, wait_s=wait_s).signed(self._key)
 
+    def forget_media(self) -> None:
+        """Nothing is sent any more: let go of the bytes, which a long answer would otherwise keep for its time."""
+        self.document = {}
+        for item in self.items:
+            flight = self.slots[item.identity].flight
+            if flight is None or flight.landed.done():
+                item.raw = msgspec.Raw(b"null")
+
     # What the chain asks
 
     def prefer(self, members: list[Member]) -> list[Member]:
