@@ -95,7 +95,7 @@ def test_equals_the_reference(
     ("family", "config"),
     [
         ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
-        pytest.param("qwen3", {"attention_bias": True, "tie_word_embeddings": True}, marks=pytest.mark.slow),
+        pytest.param("qwen3", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
         pytest.param("qwen2", {"tie_word_embeddings": True}, marks=pytest.mark.slow),
         pytest.param("qwen3_moe", {"mlp_only_layers": [1, 5], "norm_topk_prob": False}, marks=pytest.mark.slow),
         pytest.param(

@@ -19,7 +19,7 @@ from vllm_suite.compat.models import (
 from vllm_swiftkv.families import Family
 from vllm_swiftkv.models import guards
 from vllm_swiftkv.models.body import SwiftKVModel
-from vllm_swiftkv.models.loading import MAPPER, lora_names, place, require
+from vllm_swiftkv.models.loading import MAPPER, lora_names, no_bias_lost, place, require
 from vllm_swiftkv.settings import SwiftKVSettings
 
 
@@ -119,8 +119,10 @@ class SwiftKVForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
                 yield name, tensor
 
         placed = place(noted(), self.model.split, self.family.qk_norm, self.prefill_only, self.model.late_kv.rows)
-        loaded: set[str] = AutoWeightsLoader(self).load_weights(placed, mapper=MAPPER)
+        parameters = {name for name, _ in nn.Module.named_parameters(self)}
+        kept = no_bias_lost(placed, parameters)
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(kept, mapper=MAPPER)
         if self._expects_all:
-            require((name for name, _ in nn.Module.named_parameters(self)), loaded, given, self.model.split)
+            require(parameters, loaded, given, self.model.split)
             self._expects_all = False
         return loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
@@ -13,6 +13,7 @@ from vllm_swiftkv.families import Split, SwiftKVError
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 _LATE = re.compile(r"^self_attn\.([kv])_proj_swiftkv\.(.+)$")
+_BIAS = re.compile(r"\.self_attn\.\w+\.bias$")
 _TEACHER = re.compile(r"^self_attn\.[qkv]_proj\.")
 # Parameters that every checkpoint carries; scales of a quantized KV cache, for one, may be absent.
 _CARRIED = re.compile(r"[._](weight|bias|weight_packed|qweight)$")
@@ -65,6 +66,24 @@ def place(
                 yield name, tensor
         elif not prefill_only:
             yield name.replace(".q_proj_swiftkv.", ".swiftkv_q_proj."), tensor
+
+
+def no_bias_lost(
+    placed: Iterable[tuple[str, torch.Tensor]], parameters: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``placed`` as it is; raises SwiftKVError for a bias of attention that no parameter takes.
+
+    vLLM's loader leaves such biases out without a word, since quantized checkpoints carry ones of zeros. Its Qwen3
+    layers have no bias on the output projection, whatever ``attention_bias`` says.
+    """
+    for name, tensor in placed:
+        if _BIAS.search(name) and bool(tensor.any()):
+            taken = name
+            for part, (fused, _) in MAPPER.orig_to_new_stacked.items():
+                taken = taken.replace(f"{part}.", f"{fused}.")
+            if taken not in parameters:
+                raise SwiftKVError(f"the checkpoint has {name}, but vLLM's own layers of this family have no such bias")
+        yield name, tensor
 
 
 def require(parameters: Iterable[str], loaded: set[str], given: set[str], split: Split) -> None:
