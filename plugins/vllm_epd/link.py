@@ -24,97 +24,13 @@ from typing import Any
 import msgspec
 
 from vllm_epd.config import ConfigError
-from vllm_suite.encoded import Pending
-from vllm_suite.handoff import Handoff
+from vllm_epd.messages import MAX_PACKET, ToScheduler, ToWorker, packets_of, scheduler_decoder, worker_decoder
 
 logger = logging.getLogger("vllm.suite.epd")
 
-# One packet holds as many messages as fit; a single one is far smaller.
-MAX_PACKET = 64 << 10
 # Packets waiting for a peer that does not read; the oldest are dropped beyond that, and counted.
 MAX_OUTBOX = 4096
 _CREDENTIALS = struct.Struct("3i")
-
-
-class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
-    """Scheduler to workers: get one item into the receive pool.
-
-    Attributes:
-        ticket: names this attempt; new for each.
-        ref, pending: where it is; exactly one of both.
-        rows, width: what the model needs.
-        wait_s: seconds a pending item may take to be made; 0 with ``ref``.
-        fetch_s: seconds all the rest may take.
-    """
-
-    ticket: int
-    identifier: str
-    ref: Handoff | None
-    pending: Pending | None
-    rows: int
-    width: int
-    wait_s: float
-    fetch_s: float
-
-
-class Drop(msgspec.Struct, frozen=True, tag="drop"):
-    """Scheduler to workers: these attempts are wanted no more, whatever state they are in."""
-
-    tickets: tuple[int, ...]
-
-
-class Serving(msgspec.Struct, frozen=True, tag="serving"):
-    """Worker to scheduler, first message of a producer: where its items are claimed."""
-
-    host: str
-    port: int
-
-
-class Saved(msgspec.Struct, frozen=True, tag="saved"):
-    """Worker to scheduler: an encoder output was put into the pool, or why it was not (``refusal``)."""
-
-    identifier: str
-    refusal: str
-    item_id: str
-    rows: int
-    size: int
-
-
-class Evicted(msgspec.Struct, frozen=True, tag="evicted"):
-    """Worker to scheduler: the pool keeps these no more."""
-
-    identifiers: tuple[str, ...]
-
-
-class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
-    """Worker to scheduler: how an attempt ended; ``refusal`` is "" where the item is ready to be loaded."""
-
-    ticket: int
-    refusal: str
-    size: int
-    seconds: float
-    producer: str
-
-
-class Lost(msgspec.Struct, frozen=True, tag="lost"):
-    """Worker to scheduler: an item that was ready could not be loaded; zeros stand in its place."""
-
-    identifier: str
-
-
-class Counters(msgspec.Struct, frozen=True, tag="counters"):
-    """Worker to scheduler: what was counted since the last message, and gauges; see `vllm_epd.stats`."""
-
-    counts: dict[str, dict[str, float]]
-    gauges: dict[str, dict[str, float]]
-
-
-ToWorker = Fetch | Drop
-ToScheduler = Serving | Saved | Evicted | Fetched | Lost | Counters
-
-_encoder = msgspec.msgpack.Encoder()
-_worker_decoder: msgspec.msgpack.Decoder[list[ToWorker]] = msgspec.msgpack.Decoder(list[ToWorker])
-_scheduler_decoder: msgspec.msgpack.Decoder[list[ToScheduler]] = msgspec.msgpack.Decoder(list[ToScheduler])
 
 
 def link_name(engine_id: str, dp_index: int, rank: int) -> str:
@@ -136,7 +52,7 @@ class _Channel:
     def send(self, messages: Iterable[Any]) -> bool:
         """Queue and send what fits; False where something is left for `flush`."""
         with self._lock:
-            self._outbox.extend(_packets(messages))
+            self._outbox.extend(packets_of(messages))
             while len(self._outbox) > MAX_OUTBOX:
                 self._outbox.popleft()
                 self.dropped += 1
@@ -177,22 +93,6 @@ class _Channel:
     def close(self) -> None:
         self.open = False
         self.sock.close()
-
-
-def _packets(messages: Iterable[Any]) -> list[bytes]:
-    packets: list[bytes] = []
-    batch: list[msgspec.Raw] = []
-    size = 0
-    for message in messages:
-        body = msgspec.Raw(_encoder.encode(message))
-        if batch and size + len(body) > MAX_PACKET - 16:
-            packets.append(_encoder.encode(batch))
-            batch, size = [], 0
-        batch.append(body)
-        size += len(body)
-    if batch:
-        packets.append(_encoder.encode(batch))
-    return packets
 
 
 def _peer_uid(sock: socket.socket) -> int:
@@ -284,7 +184,7 @@ class WorkerEnd:
             poller.modify(channel.sock, select.POLLIN)
         for packet in channel.receive():
             try:
-                for message in _worker_decoder.decode(packet):
+                for message in worker_decoder.decode(packet):
                     self._on_message(message)
             except (msgspec.MsgspecError, RuntimeError):
                 logger.exception("epd: an order over the control link was not carried out")
@@ -338,7 +238,7 @@ class SchedulerEnd:
             for rank, channel in enumerate(self._channels):
                 channel.flush()
                 for packet in channel.receive():
-                    self._inbox.extend((rank, message) for message in _scheduler_decoder.decode(packet))
+                    self._inbox.extend((rank, message) for message in scheduler_decoder.decode(packet))
             inbox, self._inbox = self._inbox, []
         self._read.set()
         return inbox

@@ -34,11 +34,11 @@ class SuiteEncoderCacheManager(EncoderCacheManager):
     def __init__(self, cache_size: int, half: SuiteECScheduler) -> None:
         super().__init__(cache_size)
         self._half = half
-        half.manager = self
+        half.use_manager(self)
 
     def holds(self, identifier: str) -> bool:
         """Whether the runner's encoder cache has the item, or will have it in this step."""
-        return identifier in self.cached
+        return identifier in self.cached and self._half.keeps(identifier)
 
     def check_and_update_cache(self, request: Any, input_id: int) -> bool:
         identifier = request.mm_features[input_id].identifier
@@ -54,8 +54,9 @@ class SuiteEncoderCacheManager(EncoderCacheManager):
         return super().can_allocate(request, input_id, encoder_compute_budget, num_embeds_to_schedule)
 
     def _forget(self, identifier: str) -> None:
-        """An entry that stood for an item in the producer's pool, which has evicted it since."""
+        """An entry that stood for an item that a producer's pool has evicted, or that was lost."""
         rows = self.freeable.pop(identifier)
         del self.cached[identifier], self.num_embeds_by_hash[identifier]
         self.num_free_slots += rows
         self.freed.append(identifier)
+        self._half.forgotten(identifier)

@@ -10,20 +10,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from vllm_epd.agent import Agent, Read, TransferError, memory_kind
+from vllm_epd.agent import Agent, TransferError
 from vllm_epd.checksum import checksum, finite
 from vllm_epd.config import EpdConfig
-from vllm_epd.link import Fetch, Fetched
+from vllm_epd.messages import Fetch, Fetched
 from vllm_epd.peers import Me, Peer, Peers
 from vllm_epd.pool import DTYPES, Pool
-from vllm_epd.tiers import Run, Tier
+from vllm_epd.room import Region, Room
 from vllm_suite.encoded import Granted, Where
 from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread
@@ -39,15 +38,6 @@ HEDGE_S = 1.0
 # Past the deadlines of its parts a whole fetch is given up.
 GRACE_S = 0.5
 FIRST_POLL_S, LAST_POLL_S = 0.0002, 0.002
-RECEIVE_BLOCK = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A place in the receive pool: its blocks, and offset and bytes of each piece."""
-
-    runs: tuple[Run, ...]
-    pieces: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +74,6 @@ class Puller:
         self._config = config
         self._loop = thread.loop
         self._agent = agent
-        self._tier = Tier("receive", slab, RECEIVE_BLOCK)
-        self._memory = memory_kind(slab)
         self._dtype = dtype
         self._itemsize = DTYPES[dtype].itemsize
         self._report = report
@@ -94,9 +82,8 @@ class Puller:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ready: dict[int, Ready] = {}
         self._lock = threading.Lock()
-        self._queue: deque[tuple[int, asyncio.Future[Region]]] = deque()
-        self._stuck: list[tuple[Read, Region]] = []
         self.faults: Counter[str] = Counter()
+        self.room = Room(slab, thread.loop, self.faults)
 
     # --- other threads ---
 
@@ -116,14 +103,14 @@ class Puller:
             return None
         if ready.region is None:
             return ready.values
-        data = self._tier.read(ready.region.pieces)
+        data = self.room.read(ready.region)
         if len(ready.region.pieces) == 1:
             data = data.clone()
         event = None
         if data.device.type != "cpu":
             event = torch.Event(data.device)
             event.record()
-        self._loop.call_soon_threadsafe(self._reuse, ready.region, event)
+        self._loop.call_soon_threadsafe(self.room.reuse, ready.region, event)
         return data.view(DTYPES[self._dtype]).view(ready.rows, ready.width)
 
     def close(self) -> None:
@@ -149,7 +136,7 @@ class Puller:
         with self._lock:
             ready = self._ready.pop(ticket, None)
         if ready is not None and ready.region is not None:
-            self._give(ready.region)
+            self.room.give(ready.region)
 
     async def _run(self, order: Fetch) -> None:
         begun = time.monotonic()
@@ -178,11 +165,11 @@ class Puller:
         begun = time.monotonic()
         if self._is_own(order):
             return self._from_own(order, begun)
-        if size > self._tier.capacity_bytes:
+        if size > self.room.capacity_bytes:
             return Refusal.TOO_LARGE
         region = None
         if order.pending is None:
-            region = await self._room(size, order.fetch_s)
+            region = await self.room.take(size, order.fetch_s)
             if region is None:
                 return Refusal.NO_ROOM
         try:
@@ -192,11 +179,11 @@ class Puller:
             peer, granted = claimed
             if order.pending is not None:
                 begun = time.monotonic()
-                region = self._try_room(size)
+                region = self.room.try_take(size)
             if region is None:
                 # The pin would not outlast a long wait for room.
                 peer.release(granted, ok=True)
-                region = await self._room(size, order.fetch_s)
+                region = await self.room.take(size, order.fetch_s)
                 again = await peer.claim(order.identifier, order.ref, order.rows, 0.0) if region else Refusal.NO_ROOM
                 if isinstance(again, Refusal):
                     return again
@@ -209,7 +196,7 @@ class Puller:
             return ready, peer.place.producer, begun
         finally:
             if region is not None:
-                self._give(region)
+                self.room.give(region)
 
     def _is_own(self, order: Fetch) -> bool:
         if self._own is None:
@@ -303,13 +290,13 @@ class Puller:
 
     async def _read(self, peer: Peer, granted: Granted, region: Region) -> Refusal | None:
         deadline = time.monotonic() + min(self._config.read_timeout_s, granted.hold_s)
-        local = [(self._tier.base + offset, part) for offset, part in region.pieces]
+        local = self.room.addresses(region)
         peer.reads += 1
         read = None
         try:
             read = self._agent.read(
                 peer.remote, local, granted.runs, granted.memory, device=granted.device,
-                local_memory=self._memory, local_device=self._tier.device,
+                local_memory=self.room.memory, local_device=self.room.device,
             )  # fmt: skip
             pause = FIRST_POLL_S
             while read.poll() == "reading" and time.monotonic() < deadline:
@@ -322,85 +309,14 @@ class Puller:
             logger.warning("epd: reading from %s: %s", peer.place.producer, error)
         finally:
             if read is not None and read.state != "done" and not read.cancel():
-                self._keep_away(read, region)
+                self.room.keep_away(read, region)
             peer.read_ended()
         return Refusal.READ_FAILED
 
     def _unsound(self, granted: Granted, region: Region) -> Refusal | None:
-        data = self._tier.read(region.pieces)
+        data = self.room.read(region)
         if self._config.verify_checksum and checksum(data, granted.seed) != granted.checksum:
             return Refusal.BAD_CHECKSUM
         if self._config.verify_finite and not finite(data.view(DTYPES[self._dtype])):
             return Refusal.NON_FINITE
         return None
-
-    # --- room in the receive pool ---
-
-    def _try_room(self, size: int) -> Region | None:
-        if self._queue:
-            return None  # first come, first served
-        runs = self._tier.holes.take(self._tier.blocks_for(size))
-        return None if runs is None else Region(runs, self._tier.pieces(runs, size))
-
-    async def _room(self, size: int, timeout_s: float) -> Region | None:
-        """A place for ``size`` bytes, in the order of the requests; None where the pool stays full."""
-        region = self._try_room(size)
-        if region is not None:
-            return region
-        turn: asyncio.Future[Region] = self._loop.create_future()
-        entry = (size, turn)
-        self._queue.append(entry)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await turn
-        except TimeoutError:
-            return None
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._give(turn.result())
-            raise
-        finally:
-            if entry in self._queue:
-                self._queue.remove(entry)
-                self._next_in_line()
-
-    def _next_in_line(self) -> None:
-        while self._queue:
-            size, turn = self._queue[0]
-            runs = self._tier.holes.take(self._tier.blocks_for(size))
-            if runs is None:
-                return
-            self._queue.popleft()
-            region = Region(runs, self._tier.pieces(runs, size))
-            if turn.done():
-                self._tier.holes.give(runs)  # it gave up in the same turn of the loop
-            else:
-                turn.set_result(region)
-
-    def _give(self, region: Region) -> None:
-        if any(region is stuck for _, stuck in self._stuck):
-            return  # NIXL may still write there
-        self._tier.holes.give(region.runs)
-        self._next_in_line()
-
-    def _reuse(self, region: Region, event: Any) -> None:
-        """Give a region back once the copy out of it has run."""
-        if event is not None and not event.query():
-            self._loop.call_later(0.001, self._reuse, region, event)
-        else:
-            self._give(region)
-
-    def _keep_away(self, read: Read, region: Region) -> None:
-        self.faults["stuck_read"] += 1
-        self._stuck.append((read, region))
-        self._loop.call_later(1.0, self._try_again)
-
-    def _try_again(self) -> None:
-        stuck, self._stuck = self._stuck, []
-        for read, region in stuck:
-            if read.cancel():
-                self._give(region)
-            else:
-                self._stuck.append((read, region))
-        if self._stuck:
-            self._loop.call_later(1.0, self._try_again)

@@ -92,7 +92,7 @@ class OwnView:
         elif entry.get(PENDING_KEY) is not None:
             source = self._pending(entry[PENDING_KEY], identifier)
         else:
-            return _known(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
+            return known_refusal(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
         if isinstance(source, Source) and len(source.key) > MAX_SOURCE_BYTES:
             return Refusal.MALFORMED
         return source
@@ -128,8 +128,8 @@ class OwnView:
         return Source(None, pending)
 
 
-def _known(value: Any) -> Refusal:
-    """The producer's own word for why it did not keep the item."""
+def known_refusal(value: Any) -> Refusal:
+    """Somebody else's word for why there is no item; ``MALFORMED`` where it is none of ours."""
     try:
         return Refusal(value)
     except ValueError:

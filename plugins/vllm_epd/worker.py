@@ -17,19 +17,19 @@ from vllm_epd.agent import Agent
 from vllm_epd.config import EpdConfig
 from vllm_epd.exchange import Load, StepPlan
 from vllm_epd.item_server import Facts, ItemServer
-from vllm_epd.link import (
+from vllm_epd.link import WorkerEnd, link_name
+from vllm_epd.messages import (
     Counters,
     Drop,
     Evicted,
     Fetch,
     Fetched,
+    GaveUp,
     Lost,
     Saved,
     Serving,
     ToScheduler,
     ToWorker,
-    WorkerEnd,
-    link_name,
 )
 from vllm_epd.peers import Me
 from vllm_epd.pool import DTYPES, Pool, Stored
@@ -116,14 +116,18 @@ class SuiteECWorker:
     # --- the link's and the loop's threads ---
 
     def _obey(self, order: ToWorker) -> None:
-        if self._puller is None:
-            return
-        match order:
-            case Fetch():
-                self._puller.fetch(order)
-            case Drop(tickets=tickets):
-                for ticket in tickets:
-                    self._puller.drop(ticket)
+        if isinstance(order, GaveUp):
+            if self._pool is not None:
+                for identifier in order.identifiers:
+                    if not self._pool.contains(identifier):
+                        self._pool.announce_failure(identifier, Refusal.NOT_STORED)
+        elif self._puller is not None:
+            match order:
+                case Fetch():
+                    self._puller.fetch(order)
+                case Drop(tickets=tickets):
+                    for ticket in tickets:
+                        self._puller.drop(ticket)
 
     def _fetched(self, report: Fetched) -> None:
         self._link.send([report])
@@ -197,7 +201,8 @@ class SuiteECWorker:
                 # The runner must find something; the scheduler's half fails who would use it.
                 logger.error("epd: item %.64r was ready and cannot be loaded", load.identifier)
                 self._outgoing.append(Lost(load.identifier))
-                tensor = torch.zeros(load.rows, load.width, dtype=self._dtype, device=self._device)
+                nothing = torch.zeros(1, 1, dtype=self._dtype, device=self._device)
+                tensor = nothing.expand(load.rows, load.width)  # takes no memory, which may be what lacks
             encoder_cache[load.identifier] = tensor
 
     def _take(self, load: Load) -> torch.Tensor | None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from vllm_epd.config import ConfigError
-from vllm_epd.link import Counters, Drop, Fetch, Saved, SchedulerEnd, Serving, ToWorker, WorkerEnd, link_name
+from vllm_epd.link import SchedulerEnd, WorkerEnd, link_name
+from vllm_epd.messages import Counters, Drop, Fetch, Saved, Serving, ToWorker
 
 
 def until(happened: Callable[[], Any], timeout_s: float = 20.0) -> None:

@@ -21,11 +21,17 @@ class Half:
         self.blocked: set[str] = set()
         self.gone: set[str] = set()
 
+    def use_manager(self, manager: Any) -> None:
+        self.manager = manager
+
     def may_allocate(self, request: Any, index: int) -> bool:
         return request.mm_features[index].identifier not in self.blocked
 
     def keeps(self, identifier: str) -> bool:
         return identifier not in self.gone
+
+    def forgotten(self, identifier: str) -> None:
+        self.gone.discard(identifier)
 
 
 def asking(*identifiers: str, rows: int = 4, name: str = "r") -> Any:
@@ -88,7 +94,9 @@ def test_an_entry_whose_item_the_pool_has_evicted_is_forgotten() -> None:
     manager.free(first)
     free = manager.num_free_slots, manager.num_freeable_slots
     third = asking("a", name="third")
+    assert not manager.holds("a")
     assert not manager.check_and_update_cache(third, 0)
+    assert not half.gone
     assert not manager.holds("a")
     assert (manager.num_free_slots, manager.num_freeable_slots) == (free[0] + 4, free[1])
     assert manager.get_freed_mm_hashes() == ["a"]

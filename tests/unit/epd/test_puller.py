@@ -14,7 +14,7 @@ from tests.unit.epd.producers import FACTS, KEY, SOON_S, LocalProducer, picture
 from vllm_epd.agent import Agent
 from vllm_epd.config import EpdConfig
 from vllm_epd.item_server import Facts
-from vllm_epd.link import Fetch, Fetched
+from vllm_epd.messages import Fetch, Fetched
 from vllm_epd.peers import Me
 from vllm_epd.puller import Puller
 from vllm_epd.tiers import new_slab
@@ -75,8 +75,7 @@ class Bench:
 
     @property
     def used(self) -> int:
-        holes = self.puller._tier.holes
-        return holes.count - holes.free
+        return self.puller.room.used_blocks
 
     def close(self) -> None:
         self.puller.close()
@@ -286,9 +285,9 @@ def test_room_is_given_in_order_and_waited_for(make: Make) -> None:
         first = bench.fetch("a", producer.put("a", picture(seed=1)))
         assert first.refusal == ""
         waiting = [bench.begin(name, producer.put(name, picture(seed=n))) for n, name in enumerate("bcd", 2)]
-        until(lambda: len(bench.puller._queue) == 3)
+        until(lambda: bench.puller.room.waiting == 3)
         bench.puller.drop(waiting[1])
-        until(lambda: len(bench.puller._queue) == 2)
+        until(lambda: bench.puller.room.waiting == 2)
         for ticket, seed in ((first.ticket, 1), (waiting[0], 2), (waiting[2], 4)):
             assert bench.end(ticket).refusal == ""
             tensor = bench.puller.take(ticket)
