@@ -22,9 +22,11 @@ import torch
 CHECKSUM_BYTES = 16
 _WORDS = 1024  # of 32 bits, in a row
 _ROW_BYTES = 4 * _WORDS
-# Rows widened to 64 bits at a time: a CPU keeps this much in its second-level cache; a GPU wants few launches, and has
-# little memory beside the engine's.
-_CPU_ROWS = 64
+# On a CPU, what is done at a time stays below the 32768 elements from which torch spreads an operation over threads: it
+# also stays in the second-level cache, and threads that wait for each other cost a hundred times more than they save
+# where other processes use the cores. A GPU wants few launches, and has little memory beside the engine's.
+_CPU_ELEMENTS = 32767
+_CPU_ROWS = _CPU_ELEMENTS // _WORDS
 _GPU_ROWS = 2048
 _MASK = (1 << 64) - 1
 
@@ -61,11 +63,14 @@ def checksum(data: torch.Tensor, seed: int) -> bytes:
 def finite(values: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite. Waits for the device.
 
-    ``torch.isfinite(values).all()`` says the same, at a twentieth of the speed on a CPU.
+    ``torch.isfinite(values).all()`` says the same, at a tenth of the speed on a CPU.
     """
     if values.numel() == 0:
         return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())  # a NaN is both minimum and maximum
+    flat = values.reshape(-1)
+    parts = flat.split(_CPU_ELEMENTS if flat.device.type == "cpu" else flat.numel())
+    extremes = [extreme for part in parts for extreme in torch.aminmax(part)]  # a NaN is both minimum and maximum
+    return bool(torch.isfinite(torch.stack(extremes)).all())
 
 
 def flat_bytes(data: torch.Tensor) -> torch.Tensor:
