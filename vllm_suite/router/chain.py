@@ -129,9 +129,10 @@ class Chain:
                 answer = await open_answer(
                     self._session, url, body, job.headers, job.guard, config, past_role=media is not None
                 )
-                rejection = media.rejection() if media is not None and answer.response.status == 400 else None
-                if rejection is not None:
-                    raise rejection
+                if media is not None and answer.response.status == 400:
+                    rejection = await media.rejection_soon()
+                    if rejection is not None:
+                        raise rejection
                 job.stage = "stream"
                 if media is not None:
                     job.prompt.document, body, own = None, b"", b""

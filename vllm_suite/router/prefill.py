@@ -73,7 +73,7 @@ class Prefill:
             try:
                 reference, exact = await self._once(job, member, body)
             except _Rejected:
-                rejection = media.rejection() if media is not None else None
+                rejection = await media.rejection_soon() if media is not None else None
                 if rejection is not None:
                     raise rejection from None
                 # Decode gets the request as it was sent and words the refusal as vLLM does.

@@ -46,7 +46,7 @@ def free_port() -> int:
 class Instance:
     """`script` holds what the next requests get, one word each; `ok` when it is empty.
 
-    ok · a status code · hang · slow (0.4 s before the first byte) · slow400 · role_error (a stream that begins with
+    ok · a status code · hang · slow (0.4 s before the first byte) · role_error (a stream that begins with
     the role and then a server error) · reset (connection closed unanswered) ·
     die (closed after two events) · die_first (closed after the head) · die_json (closed inside a JSON body) ·
     stall (silent after two events) · error_event (a stream that begins with a server error) ·
@@ -144,10 +144,8 @@ class Instance:
             return _error(int(word), f"scripted {word}")
         if word == "hang":
             await asyncio.sleep(30)
-        if word.startswith("slow"):
+        if word == "slow":
             await asyncio.sleep(0.4)
-        if word == "slow400":
-            return _error(400, "scripted 400")
         transport = request.transport
         assert transport is not None
         if word == "reset":

@@ -138,13 +138,14 @@ async def test_a_refusal_while_prefill_runs_is_still_named(instance, encoder, se
     es[0].broken.update(identities(p.seen[0].body))
     es[0].epoch = "e2"
     await router.until(lambda: any(m.epoch == "e2" for m in router.router.pool.members))
-    p.script.append("slow400")
+    es[0].delay_s = 0.3  # so that prefill answers first
+    p.script.append("400")
     status, answer = await router.post(chat(image()), path=CHAT)
     assert (status, answer["error"]["message"][:20]) == (400, "item 0 (image_url): ")
     assert len(d.seen) == 1
     # Without prefill the same.
     direct = await serve([es[0], d], encode={"overlap": "always"})
-    d.script.append("slow400")
+    d.script.append("400")
     status, answer = await direct.post(chat(image()), path=CHAT)
     assert (status, answer["error"]["message"][:20]) == (400, "item 0 (image_url): ")
 

@@ -58,6 +58,8 @@ BAD_PARTS = [
     ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": 'wav"},"uuid":"x'}}, 400, "malformed"),
     ({"type": "text", "text": "hi", "image_url": "http://10.0.0.1/", "uuid": "x"}, 400, "ambiguous"),
     ({"type": "image_url", "image_url": {"url": "data:,"}, "video_url": "http://10.0.0.1/"}, 400, "ambiguous"),
+    ({"type": "text", "text": "hi", "image_url": None, "uuid": "s-guess"}, 400, "ambiguous"),
+    ({"image_url": None, "uuid": "s-guess"}, 400, "empty"),
     ({"type": "audio_url", "image_url": {"url": "http://10.0.0.1/"}}, 400, "ambiguous"),
     ({"type": "prompt_embeds", "data": "AAAA", "image_url": "http://10.0.0.1/"}, 400, "ambiguous"),
     ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, 400, "empty"),

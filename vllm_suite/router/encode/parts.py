@@ -139,7 +139,9 @@ def find_media(document: dict[str, Any], max_items: int) -> Found:
 
 def _read(part: dict[str, Any]) -> tuple[str | None, Any]:
     """Kind and value; None for text after all."""
-    keys = [key for key in MEDIA_KEYS if part.get(key) is not None]
+    # With a uuid vLLM goes by keys alone, and takes an empty one for "the item that you know under this uuid".
+    named = part.get("uuid") is not None
+    keys = sorted(key for key in MEDIA_KEYS if key in part and (named or part[key] is not None))
     kind = part.get("type")
     if kind is None:
         if not keys:
@@ -149,20 +151,20 @@ def _read(part: dict[str, Any]) -> tuple[str | None, Any]:
         raise BadMedia(400, "unsupported", "its type is not a string")
     if kind in TEXT_TYPES:
         if keys:
-            raise BadMedia(400, "ambiguous", f"a {kind} part with {', '.join(sorted(keys))}")
+            raise BadMedia(400, "ambiguous", f"a {kind} part with {', '.join(keys)}")
         return None, None
     if kind == "input_image":
         kind = "image_url"
     if kind == "prompt_embeds":
         if keys not in ([], ["prompt_embeds"]):
-            raise BadMedia(400, "ambiguous", f"a {kind} part with {', '.join(sorted(keys))}")
+            raise BadMedia(400, "ambiguous", f"a {kind} part with {', '.join(keys)}")
         return kind, None
     if kind not in MEDIA_KINDS and kind not in EMBEDS_KINDS:
         raise BadMedia(400, "unsupported", "this kind of content part is not supported")
-    if not keys:
+    if keys not in ([], [kind]):
+        raise BadMedia(400, "ambiguous", f"a {kind} part with {', '.join(keys)}")
+    if part.get(kind) is None:
         raise BadMedia(400, "empty", "it has no data; items are not looked up by a client's uuid")
-    if keys != [kind]:
-        raise BadMedia(400, "ambiguous", f"a {kind} part with {', '.join(sorted(keys))}")
     return kind, part[kind]
 
 

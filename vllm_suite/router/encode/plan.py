@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from vllm_suite.router.encode.known import Encoded
 from vllm_suite.router.encode.parts import Item
 from vllm_suite.router.encode.refusal import BadMedia, MediaRefused
 from vllm_suite.router.members import Member
+
+_SOON_S = 2.0
 
 _encode = msgspec.json.Encoder().encode
 
@@ -163,3 +166,14 @@ class Plan:
             if isinstance(failure, Rejected):
                 return slot.item.refused(BadMedia(400, "rejected", str(failure)))
         return None
+
+    async def rejection_soon(self) -> MediaRefused | None:
+        """The same, for a request that an instance has refused while encoders still look at its items.
+
+        Both see the same broken picture, and only the encoders' words tell which one it is.
+        """
+        flying = [slot.flight.landed for slot in self.slots.values() if slot.flight is not None]
+        flying = [landed for landed in flying if not landed.done()]
+        if flying:
+            await asyncio.wait(flying, timeout=_SOON_S)
+        return self.rejection()
