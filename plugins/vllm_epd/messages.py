@@ -48,8 +48,13 @@ class GaveUp(msgspec.Struct, frozen=True, tag="gave_up"):
 
 
 class Serving(msgspec.Struct, frozen=True, tag="serving"):
-    """Worker to scheduler, first message of a producer: where its items are claimed."""
+    """Worker to scheduler, first message of a producer: who it is and where its items are claimed.
 
+    The scheduler's process may have drawn another epoch where the suite was not selected by name.
+    """
+
+    producer: str
+    epoch: str
     host: str
     port: int
 

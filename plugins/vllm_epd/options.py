@@ -22,7 +22,7 @@ MODALITIES = ("image", "video", "audio", "vision_chunk")
 
 
 def propose(view: View) -> list[Setting | Note]:
-    """The EC connector in the direction of the role, and on consumers the cache manager that goes with it.
+    """The EC connector in the direction of the role, and the cache manager that goes with it.
 
     Raises SelectionError for a model or switch that the role cannot work with.
     """

@@ -188,10 +188,9 @@ class SuiteECScheduler:
                         self.publisher.saved(message)
                     case Evicted(identifiers=identifiers):
                         self.publisher.evicted(identifiers)
-                    case Serving(host=host, port=port):
-                        name, view = producer_name(self._vllm_config), self._view
-                        facts = Producer(name, identity().epoch, view.model, view.layout, host, port)
-                        self.publisher.producer = facts
+                    case Serving(producer=name, epoch=epoch, host=host, port=port):
+                        view = self._view
+                        self.publisher.producer = Producer(name, epoch, view.model, view.layout, host, port)
         if self.consumer is not None:
             self.consumer.expire()
 

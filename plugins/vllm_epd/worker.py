@@ -7,6 +7,7 @@ and told to the scheduler's half.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,7 @@ class SuiteECWorker:
         self._plan = StepPlan()
         self._outgoing: list[ToScheduler] = []
         self._announced: set[str] = set()
+        self._counting = threading.Lock()  # the loop's thread reports what the runner's thread counts
         self._reused = 0
         self._faults: dict[str, int] = {}
         self._reported: dict[str, Any] = {}
@@ -81,7 +83,7 @@ class SuiteECWorker:
             self._pool = self._make_pool(config)
             host, port = config.address(index)
             self._server = ItemServer(self._pool, self._agent, facts, key, host, port, self._thread)
-            first.append(Serving(host, self._server.port))
+            first.append(Serving(name, me.epoch, host, self._server.port))
             logger.info("epd: instance %s epoch %s serves items at %s:%d", name, me.epoch, host, self._server.port)
         if transfer.is_ec_consumer:
             slab = new_slab(config.receive_bytes, self._device)
@@ -140,6 +142,10 @@ class SuiteECWorker:
         self._thread.loop.call_later(REPORT_S, self._report_later)
 
     def _counters(self) -> Counters | None:
+        with self._counting:
+            return self._counted()
+
+    def _counted(self) -> Counters | None:
         stats = SuiteECStats()
         if self._pool is not None and self._server is not None:
             count_pool(stats, self._pool.take_stats())
@@ -171,7 +177,8 @@ class SuiteECWorker:
             return
         for identifier in self._plan.publish:
             if self._pool.keep(identifier, self.config.lease_s) is not None:
-                self._reused += 1
+                with self._counting:
+                    self._reused += 1
             elif (tensor := encoder_cache.get(identifier)) is not None and usable(identifier):
                 self._store(identifier, tensor)
 
@@ -221,7 +228,7 @@ class SuiteECWorker:
                 self._announced.difference_update(gone)
                 self._outgoing.append(Evicted(gone))
         outgoing, self._outgoing = self._outgoing, []
-        if outgoing:
+        if outgoing or self._reused:
             if (counters := self._counters()) is not None:
                 outgoing.append(counters)
             self._link.send(outgoing)
@@ -232,5 +239,6 @@ class SuiteECWorker:
             return action(argument)
         except Exception:
             logger.exception("epd: %s failed after %.3f s", what, time.monotonic() - begun)
-            self._faults[what] = self._faults.get(what, 0) + 1
+            with self._counting:
+                self._faults[what] = self._faults.get(what, 0) + 1
             return None

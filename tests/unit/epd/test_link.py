@@ -35,7 +35,9 @@ class Pair:
         engine = secrets.token_hex(8)
         names = [link_name(engine, 0, rank) for rank in range(2)]
         self.workers = [
-            WorkerEnd(name, lambda message, rank=rank: self.heard.append((rank, message)), [Serving("h", rank)])
+            WorkerEnd(
+                name, lambda message, rank=rank: self.heard.append((rank, message)), [Serving("e", "x", "h", rank)]
+            )
             for rank, name in enumerate(names)
         ]
         self.names = names
@@ -60,7 +62,7 @@ def pair() -> Iterator[Pair]:
 
 
 def test_messages_both_ways(pair: Pair) -> None:
-    assert sorted(pair.receive(2)) == [(0, Serving("h", 0)), (1, Serving("h", 1))]
+    assert sorted(pair.receive(2)) == [(0, Serving("e", "x", "h", 0)), (1, Serving("e", "x", "h", 1))]
     pair.workers[1].send([saved(1), Counters({"a": {"b": 1.0}}, {})])
     assert pair.receive(2) == [(1, saved(1)), (1, Counters({"a": {"b": 1.0}}, {}))]
     order = Fetch(1, "i", None, None, 16, 64, 0.0, 1.0)
@@ -89,13 +91,13 @@ def test_more_than_the_socket_holds_comes_whole_and_in_order(pair: Pair) -> None
 
 def test_a_message_before_the_scheduler_is_there() -> None:
     name = link_name(secrets.token_hex(8), 0, 0)
-    worker = WorkerEnd(name, lambda message: None, [Serving("h", 1)])
+    worker = WorkerEnd(name, lambda message: None, [Serving("e", "x", "h", 1)])
     worker.send([saved(1)])
     scheduler = SchedulerEnd([name])
     try:
         got: list[Any] = []
         until(lambda: got.extend(scheduler.receive()) or len(got) == 2)
-        assert [message for _, message in got] == [Serving("h", 1), saved(1)]
+        assert [message for _, message in got] == [Serving("e", "x", "h", 1), saved(1)]
     finally:
         scheduler.close()
         worker.close()
@@ -159,7 +161,7 @@ def test_two_workers_cannot_have_one_name(pair: Pair) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_another_user_is_refused() -> None:
     name = link_name(secrets.token_hex(8), 0, 0)
-    worker = WorkerEnd(name, lambda message: None, [Serving("h", 1)])
+    worker = WorkerEnd(name, lambda message: None, [Serving("e", "x", "h", 1)])
     pid = os.fork()
     if pid == 0:
         os.setuid(65534)

@@ -354,3 +354,21 @@ def test_an_error_of_the_pullers_own_is_one_items(bench: Bench, make: Make, monk
     assert bench.puller.faults["fetch"] == 1
     assert bench.used == 0
     assert bench.fetch("i", ref).refusal == ""
+
+
+def test_a_small_item_does_not_overtake_and_moves_up_when_a_large_one_gives_up(make: Make) -> None:
+    bench = Bench(size=2 * 4096)
+    producer = make()
+    try:
+        small, large = {"rows": 16, "width": 64}, {"rows": 32, "width": 128}
+        first = bench.fetch("a", producer.put("a"), **small)
+        assert first.refusal == ""
+        waits = bench.begin("b", producer.put("b", picture(32, 128)), **large)
+        until(lambda: bench.puller.room.waiting == 1)
+        behind = bench.begin("c", producer.put("c"), **small)
+        until(lambda: bench.puller.room.waiting == 2)  # there is room for it, and somebody before it
+        bench.puller.drop(waits)
+        assert bench.end(behind).refusal == ""
+        assert bench.used == 2
+    finally:
+        bench.close()
