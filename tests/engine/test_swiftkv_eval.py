@@ -17,7 +17,12 @@ from swiftkv_checkpoints import make_swiftkv_checkpoint
 
 from vllm_suite.fleet.tiny import make_tiny_model
 
-pytestmark = pytest.mark.skipif(PYTHON is None, reason=REASON)
+# Three engines and as many starts of the harness; what the command does without an engine is in tests/unit/swiftkv.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(620),
+    pytest.mark.skipif(PYTHON is None, reason=REASON),
+]
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "swiftkv-eval"
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 64 << 20}
@@ -29,7 +34,7 @@ def evaluate(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     # Another working directory than the repository: task files, data and checkpoints are found all the same.
     env = {**os.environ, **ENGINE_ENV, "HF_HOME": str(cwd / "home"), "VLLM_SUITE_PLUGINS": "disagg"}
     command = [str(PYTHON), "-m", "vllm_suite.cli.main", "swiftkv", "eval", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, env=env, cwd=cwd)
 
 
 def samples(folder: Path, name: str) -> list[dict[str, Any]]:
