@@ -52,7 +52,6 @@ class Encoder(Instance):
     kept: dict[str, int] = field(default_factory=dict)
     probes: list[tuple[str, ...]] = field(default_factory=list)
     probe_mode: str = "ok"  # ok · silent · junk · close · none
-    delay_s: float = 0.0
     connections: int = 0
 
     async def start(self) -> Encoder:
@@ -87,8 +86,6 @@ class Encoder(Instance):
         encoding = isinstance(body, dict) and (body.get("ec_transfer_params") or {}).get("suite_encode_only")
         if not encoding:
             return await super()._answer(request, body, word)
-        if self.delay_s:
-            await asyncio.sleep(self.delay_s)
         names = identities(body)
         if self.broken.intersection(names):
             error = {"message": "Failed to load image: cannot identify image file", "type": "BadRequestError"}
@@ -188,9 +185,13 @@ async def fleet(
     """Encoders, a prefill, a decode, and a router; `kwargs` are the encoders'."""
     es = [await encoder(**kwargs) for _ in range(encoders)]
     p, d = await instance("prefill", ec=CONSUMER), await instance("decode", ec=CONSUMER)
-    # Without a history decode is never thought to hold a prompt already.
     router = await serve(
-        [*es, p, d], encode={"overlap": "never", **(settings or {})}, disaggregation={"history_chunks": 0}
+        [*es, p, d],
+        encode={"overlap": "never", **(settings or {})},
+        # Without a history decode is never thought to hold a prompt already.
+        disaggregation={"history_chunks": 0},
+        # Nobody is forgotten because the machine is busy; who has died refuses the connection.
+        membership={"poll_timeout_s": 2.0, "forget_after_s": 10.0},
     )
     return es, p, d, router
 

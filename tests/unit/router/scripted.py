@@ -67,6 +67,7 @@ class Instance:
     events: int = 4
     load: dict[str, Any] = field(default_factory=lambda: {"running": 0, "waiting": 0})
     prompt_tokens: int = 100
+    hold: asyncio.Event | None = None  # no request is answered before it is set
     ec: dict[str, Any] | None = None  # what the EPD plugin adds to the state
 
     async def start(self) -> Instance:
@@ -132,6 +133,8 @@ class Instance:
         seen = Seen(request.path, CIMultiDict(request.headers), raw, body)
         self.seen.append(seen)
         try:
+            if self.hold is not None:
+                await self.hold.wait()
             return await self._answer(request, body, self.script.popleft() if self.script else "ok")
         except asyncio.CancelledError:
             seen.aborted = True

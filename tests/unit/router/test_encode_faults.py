@@ -100,12 +100,12 @@ async def test_an_encoder_that_died_is_left_out(instance, encoder, serve):
 
 
 async def test_an_encoder_that_dies_in_the_middle(instance, encoder, serve):
-    es, p, _, router = await fleet(instance, encoder, serve, delay_s=5.0)
+    es, p, _, router = await fleet(instance, encoder, serve, hold=asyncio.Event())
     task = asyncio.create_task(router.post(chat(image()), path=CHAT))
     await router.until(lambda: any(e.seen for e in es))
     dying = next(e for e in es if e.seen)
     other = next(e for e in es if e is not dying)
-    other.delay_s = 0.0
+    other.hold = None
     await dying.stop()
     assert (await task)[0] == 200
     assert len(other.seen) == 1
@@ -138,9 +138,12 @@ async def test_a_refusal_while_prefill_runs_is_still_named(instance, encoder, se
     es[0].broken.update(identities(p.seen[0].body))
     es[0].epoch = "e2"
     await router.until(lambda: any(m.epoch == "e2" for m in router.router.pool.members))
-    es[0].delay_s = 0.3  # so that prefill answers first
+    es[0].hold = asyncio.Event()  # so that prefill answers first
     p.script.append("400")
-    status, answer = await router.post(chat(image()), path=CHAT)
+    task = asyncio.create_task(router.post(chat(image()), path=CHAT))
+    await router.until(lambda: len(p.seen) == 2 and len(es[0].seen) == 2)
+    es[0].hold.set()
+    status, answer = await task
     assert (status, answer["error"]["message"][:20]) == (400, "item 0 (image_url): ")
     assert len(d.seen) == 1
     # Without prefill the same.
@@ -206,7 +209,7 @@ async def test_a_streamed_answer_with_a_role_first_comes_whole(instance, encoder
 
 
 async def test_a_client_that_leaves_ends_its_calls(instance, encoder, serve):
-    es, p, _, router = await fleet(instance, encoder, serve, delay_s=20.0)
+    es, p, _, router = await fleet(instance, encoder, serve, hold=asyncio.Event())
     task = asyncio.create_task(router.post(chat(*[image(seed=seed) for seed in range(4)]), path=CHAT))
     await router.until(lambda: all(e.seen for e in es))
     task.cancel()
@@ -219,19 +222,21 @@ async def test_a_client_that_leaves_ends_its_calls(instance, encoder, serve):
 
 
 async def test_a_call_that_another_request_waits_for_goes_on(instance, encoder, serve):
-    es, _p, _, router = await fleet(instance, encoder, serve, encoders=1, delay_s=0.6)
+    es, _p, _, router = await fleet(instance, encoder, serve, encoders=1, hold=asyncio.Event())
     first = asyncio.create_task(router.post(chat(image()), path=CHAT))
     await router.until(lambda: bool(es[0].seen))
     second = asyncio.create_task(router.post(chat(image(), text="another"), path=CHAT))
     await router.until(lambda: router.value("encode_shared_items_total", modality="image") == 1)
     first.cancel()
+    await router.until(lambda: router.value("requests_in_flight") == 1)
+    es[0].hold.set()
     assert (await second)[0] == 200
     assert len(es[0].seen) == 1
     assert not es[0].seen[0].aborted
 
 
 async def test_a_client_that_leaves_during_the_overlap_ends_its_calls(instance, encoder, serve):
-    es, p, _, router = await fleet(instance, encoder, serve, settings={"overlap": "always"}, delay_s=20.0)
+    es, p, _, router = await fleet(instance, encoder, serve, settings={"overlap": "always"}, hold=asyncio.Event())
     p.script.append("hang")
     task = asyncio.create_task(router.post(chat(image()), path=CHAT))
     await router.until(lambda: bool(p.seen) and any(e.seen for e in es))
@@ -242,12 +247,13 @@ async def test_a_client_that_leaves_during_the_overlap_ends_its_calls(instance, 
 async def test_encoders_are_given_so_much_at_a_time(instance, encoder, serve):
     """448 x 448 pixels are taken for 256 tokens, so two fit, and the others wait in line."""
     settings = {"outstanding_tokens": 512, "shard_items": 1}
-    es, _, _, router = await fleet(instance, encoder, serve, encoders=1, settings=settings, delay_s=0.2)
+    es, _, _, router = await fleet(instance, encoder, serve, encoders=1, settings=settings, hold=asyncio.Event())
     task = asyncio.create_task(router.post(chat(*[image(448, 448, seed=seed) for seed in range(6)]), path=CHAT))
     await router.until(lambda: len(es[0].seen) == 2)
     member = next(m for m in router.router.pool.members if m.role == "encode")
     assert member.encode_tokens == 6 * 256
     assert member.outstanding_requests == 2
+    es[0].hold.set()
     assert (await task)[0] == 200
     assert len(es[0].seen) == 6
     assert router.value("encode_queue_seconds_count") == 6
@@ -255,24 +261,26 @@ async def test_encoders_are_given_so_much_at_a_time(instance, encoder, serve):
 
 async def test_waiting_in_line_ends_too(instance, encoder, serve):
     settings = {"outstanding_tokens": 256, "shard_items": 1, "queue_s": 0.2}
-    es, p, _, router = await fleet(instance, encoder, serve, encoders=1, settings=settings, delay_s=1.0)
+    es, p, _, router = await fleet(instance, encoder, serve, encoders=1, settings=settings, hold=asyncio.Event())
     first = asyncio.create_task(router.post(chat(image(448, 448)), path=CHAT))
     await router.until(lambda: bool(es[0].seen))
     assert (await router.post(chat(image(448, 448, seed=1)), path=CHAT))[0] == 200
     assert kinds(p.seen[0].body) == {"image_url": 1}
     assert router.value("recoveries_total", step="encode_local", reason="queue") == 1
+    es[0].hold.set()
     assert (await first)[0] == 200
 
 
 async def test_busy_encoders_are_a_503_where_nothing_is_encoded_locally(instance, encoder, serve):
     settings = {"outstanding_tokens": 256, "shard_items": 1, "queue_s": 0.2, "fallback": "error"}
-    es, _, _, router = await fleet(instance, encoder, serve, encoders=1, settings=settings, delay_s=1.0)
+    es, _, _, router = await fleet(instance, encoder, serve, encoders=1, settings=settings, hold=asyncio.Event())
     first = asyncio.create_task(router.post(chat(image(448, 448)), path=CHAT))
     await router.until(lambda: bool(es[0].seen))
     async with router.client.post(router.url + CHAT, json=chat(image(448, 448, seed=1))) as response:
         assert response.status == 503
         assert response.headers["Retry-After"] == "1"
         assert "busy" in (await response.json())["error"]["message"]
+    es[0].hold.set()
     assert (await first)[0] == 200
 
 
@@ -297,7 +305,7 @@ async def test_unsigned_references_are_refused_where_a_key_is_set(instance, enco
 
 
 async def test_the_end_of_the_router_cuts_calls_off(instance, encoder, serve):
-    es, _, _, router = await fleet(instance, encoder, serve, encoders=1, delay_s=20.0)
+    es, _, _, router = await fleet(instance, encoder, serve, encoders=1, hold=asyncio.Event())
     task = asyncio.create_task(router.post(chat(image()), path=CHAT))
     await router.until(lambda: bool(es[0].seen))
     await router.router._chain._encode.close()

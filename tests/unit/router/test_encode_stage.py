@@ -218,25 +218,30 @@ async def test_a_restarted_producer_is_not_asked_for_its_former_items(instance, 
 
 
 async def test_one_item_of_two_requests_is_encoded_once(instance, encoder, serve):
-    es, p, _d, router = await fleet(instance, encoder, serve, encoders=1, delay_s=0.3)
+    es, p, _d, router = await fleet(instance, encoder, serve, encoders=1, hold=asyncio.Event())
     first = asyncio.create_task(router.post(chat(image()), path=CHAT))
     await router.until(lambda: bool(es[0].seen))
     second = asyncio.create_task(router.post(chat(image()), path=CHAT))
+    await router.until(lambda: router.value("encode_shared_items_total", modality="image") == 1)
+    es[0].hold.set()
     assert [status for status, _ in await asyncio.gather(first, second)] == [200, 200]
     assert len(es[0].seen) == 1
     assert len(p.seen) == 2
     assert all(kinds(seen.body) == {"image_embeds": 1} for seen in p.seen)
-    assert router.value("encode_shared_items_total", modality="image") == 1
 
 
 async def test_prefill_starts_while_items_are_encoded(instance, encoder, serve, monkeypatch):
     monkeypatch.setenv("VLLM_SUITE_FLEET_KEY", "fleet")
-    es, p, _d, router = await fleet(instance, encoder, serve, settings={"overlap": "auto"}, delay_s=0.5)
-    p.script.append("slow")
+    es, p, d, router = await fleet(instance, encoder, serve, settings={"overlap": "auto"}, hold=asyncio.Event())
+    p.hold = asyncio.Event()
     task = asyncio.create_task(router.post(chat(*[image(seed=seed) for seed in range(4)]), path=CHAT))
-    await router.until(lambda: bool(p.seen))
+    await router.until(lambda: bool(p.seen) and sum(len(call) for e in es for call in e.calls) == 4)
     assert router.value("encode_item_seconds_count") == 0
+    es[0].hold.set()
+    await router.until(lambda: router.value("encode_item_seconds_count") == 4)
+    p.hold.set()
     assert (await task)[0] == 200
+    assert kinds(d.seen[0].body) == {"image_embeds": 4}
     to_p = p.seen[0].body
     assert kinds(to_p) == {"image_url": 4}
     ids = {e.instance_id for e in es}
@@ -259,7 +264,6 @@ async def test_a_single_item_does_not_overlap_unless_told(instance, encoder, ser
     always = await serve([*es, p, d], encode={"overlap": "always"})
     await always.post(chat(image(seed=1)), path=CHAT)
     assert "suite_pending" in next(iter(p.seen[1].body["ec_transfer_params"].values()))
-    es[0].delay_s = es[1].delay_s = 0.0
     # Decode comes when everything has landed.
     assert kinds(d.seen[1].body) in ({"image_embeds": 1}, {"image_url": 1})
 
@@ -301,7 +305,7 @@ async def test_costs_are_learned_from_answers(instance, encoder, serve):
 
 
 async def test_the_instances_route_shows_the_encode_pool(instance, encoder, serve):
-    es, _p, _d, router = await fleet(instance, encoder, serve, delay_s=0.5)
+    es, _p, _d, router = await fleet(instance, encoder, serve, hold=asyncio.Event())
     task = asyncio.create_task(router.post(chat(image(448, 448)), path=CHAT))
     await router.until(lambda: any(e.seen for e in es))
     _, answer = await router.get("/suite/v1/instances")
@@ -312,6 +316,7 @@ async def test_the_instances_route_shows_the_encode_pool(instance, encoder, serv
     text = (await router.get("/metrics"))[1].decode()
     labels = f'{{instance="{busy["instance_id"]}",role="encode"}}'
     assert f"vllm_suite_router_outstanding_encode_tokens{labels} 256.0" in text
+    es[0].hold.set()
     await task
     assert (await router.get("/suite/v1/instances"))[1]["encode"]["outstanding_tokens"] == 0
 
