@@ -114,3 +114,25 @@ def test_prefill_answer():
     assert read_prefill_answer(raw) == (b'{"a": 0.10}', 7)
     assert read_prefill_answer(b'{"kv_transfer_params": null}') == (None, 0)
     assert read_prefill_answer(b"{}") == (None, 0)
+
+
+def test_chunks_of_a_prompt_line_up_with_its_media():
+    """What stands before a picture shares chunks with any picture behind it, what follows another picture does not."""
+
+    def hashes(*content):
+        body = {"messages": [{"role": "user", "content": list(content)}]}
+        prompt = read_prompt("chat", json.dumps(body).encode())
+        return prompt.chunk_hashes(16), prompt.tokens(4.0)
+
+    def picture(data):
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data * 64}"}}
+
+    text = {"type": "text", "text": "word " * 60}
+    first, tokens = hashes(text, picture("AAAA"), text)
+    second, _ = hashes(text, picture("BBBB"), text)
+    shared = sum(one == other for one, other in zip(first, second, strict=True))
+    assert shared == pytest.approx(300 / 64, abs=1)
+    assert not set(first[shared:]) & set(second)
+    assert tokens == pytest.approx(512 + 150, abs=20)
+    # A long medium is compared by its length and its ends.
+    assert hashes(picture("AAAA" * 100_000))[0] != hashes(picture("AAAB" * 100_000))[0]
