@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vllm_suite.router.encode.config import Encode
-from vllm_suite.router.encode.examine import examine, scope_of, split_data_url
+from vllm_suite.router.encode.examine import PIECE, examine, scope_of, split_data_url
 from vllm_suite.router.encode.parts import find_media, is_media
 from vllm_suite.router.encode.refusal import BadMedia, MediaRefused
 from vllm_suite.router.encode.sniff import measure
@@ -120,12 +120,26 @@ async def test_large_media_pass_through_a_thread(instance, encoder, serve):
 
 def test_padding_between_two_pieces_is_found():
     """Base64 is checked in pieces; each may be right by itself."""
-    inner = base64.b64encode(bytes((1 << 20) * 3 // 4 - 1)).decode()
-    assert len(inner) == 1 << 20
+    inner = base64.b64encode(bytes(PIECE * 3 // 4 - 1)).decode()
+    assert len(inner) == PIECE
     assert inner.endswith("=")
     with pytest.raises(BadMedia, match="base64"):
         admitted({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{inner}AAAA"}})
-    assert admitted({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{inner}"}}).size == 786_431
+    assert (
+        admitted({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{inner}"}}).size
+        == PIECE * 3 // 4 - 1
+    )
+
+
+def test_a_bomb_behind_long_metadata_is_found():
+    data = io.BytesIO()
+    Image.new("RGB", (50, 60)).save(data, "JPEG")
+    raw = data.getvalue()
+    frame = raw.index(b"\xff\xc0")
+    huge = raw[: frame + 5] + struct.pack(">HH", 60_000, 60_000) + raw[frame + 9 :]
+    padding = b"".join(b"\xff\xe2" + struct.pack(">H", 60_002) + bytes(60_000) for _ in range(10))
+    with pytest.raises(BadMedia, match="60000 x 60000 pixels"):
+        admitted({"type": "image_url", "image_url": {"url": data_url(huge[:2] + padding + huge[2:], "image/jpeg")}})
 
 
 async def test_media_in_python_s_own_json_are_refused(instance, encoder, serve):
