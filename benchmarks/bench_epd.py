@@ -114,7 +114,7 @@ async def rounds(args: argparse.Namespace, folder: Path, model: Path) -> list[Sa
     import aiohttp
 
     samples: list[Sample] = []
-    async with systems(folder, model) as at, aiohttp.ClientSession() as session:
+    async with systems(folder, model, max(args.images)) as at, aiohttp.ClientSession() as session:
         for kind in KINDS:  # opens the connections between the instances
             await measure(at, session, kind, min(args.images), -1, 1)
         for turn in range(args.rounds):

@@ -58,10 +58,14 @@ def encoders_of(kind: str) -> int:
 
 
 @contextlib.asynccontextmanager
-async def systems(folder: Path, model: Path) -> AsyncIterator[Systems]:
-    """Start everything; all of it lives at once, so that the kinds can take turns. Errors as of the fleet."""
+async def systems(folder: Path, model: Path, images: int) -> AsyncIterator[Systems]:
+    """Start everything; all of it lives at once, so that the kinds can take turns. Errors as of the fleet.
+
+    Args:
+        images: most images of one request.
+    """
     adopt_orphans()
-    fleet = epd_fleet(EpdOptions(model=str(model), folder=folder), str(model))
+    fleet = epd_fleet(EpdOptions(model=str(model), pictures=max(8, images), folder=folder), str(model))
     port = free_ports(6)
     plain_local = fleet.local.model_copy(
         update={"first_port": port + 2, "first_side_channel_port": port + 3, "log_dir": folder / "plain"}
