@@ -12,7 +12,7 @@ import torch
 from swiftkv_child import Answer, Ask, Report
 
 # float32 on both sides: sums in another order, and RoPE's angles, which float32 rounds to 3e-5 at position 400. The
-# reference in float64 differs from itself in float32 by as much as engines do, up to 9e-5 where measured, by the machine's kernels.
+# reference in float64 differs from itself in float32 by as much as engines do, up to 9e-5 on one machine.
 # What is wrong is off by hundreds of times the tolerance.
 TOLERANCE = 3e-4
 
