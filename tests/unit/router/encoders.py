@@ -41,7 +41,7 @@ class Encoder(Instance):
 
     no_params (no ec_transfer_params) · no_item (the first item has no entry) · not_kept (the first item has a
     suite_error) · foreign (references of another producer) · unsigned · other_content · odd (identifiers of its
-    own) · bare (metadata missing) · bad_grid.
+    own) · bare (metadata missing) · bad_grid · half (a head, and then nothing).
 
     `broken` are identities whose requests it refuses with 400, as vLLM does where one of several images is corrupt.
     """
@@ -94,6 +94,11 @@ class Encoder(Instance):
             plain = await super()._answer(request, body, word)
             if word not in ("ok", "slow"):
                 return plain
+        if word == "half":
+            response = web.StreamResponse(headers={"Content-Type": "application/json"})
+            await response.prepare(request)
+            await response.write(b"{")
+            await asyncio.sleep(30)
         if word == "no_params":
             return web.json_response({"choices": [], "ec_transfer_params": None})
         entries: dict[str, Any] = {}
@@ -158,7 +163,7 @@ class Encoder(Instance):
 
 
 WORDS = frozenset(
-    ["no_params", "no_item", "not_kept", "foreign", "unsigned", "other_content", "odd", "bare", "bad_grid"],
+    ["no_params", "no_item", "not_kept", "foreign", "unsigned", "other_content", "odd", "bare", "bad_grid", "half"],
 )
 
 

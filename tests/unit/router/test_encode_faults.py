@@ -27,6 +27,7 @@ FAULTS = [
     ("reset", "disconnect"),
     ("garbage", "protocol"),
     ("hang", "timeout"),
+    ("half", "timeout"),
     ("no_params", "no_reference"),
     ("no_item", "no_reference"),
     ("not_kept", "not_kept"),
@@ -46,7 +47,7 @@ async def test_another_encoder_takes_over(instance, encoder, serve, word, kind):
     assert router.value("upstream_errors_total", stage="encode", kind=kind) == 1
     assert router.value("encode_items_total", modality="image", outcome="encoded") == 1
     assert all(m.encode_tokens == m.outstanding_requests == 0 for m in router.router.pool.members)
-    if word == "hang":
+    if word in ("hang", "half"):
         await router.until(lambda: any(seen.aborted for e in es for seen in e.seen))
 
 
@@ -167,7 +168,7 @@ async def test_a_failure_while_prefill_runs_goes_to_the_next_candidate(instance,
 
 async def test_prefill_that_lacks_an_item_gets_the_media(instance, encoder, serve):
     """vLLM answers 500 and does not say why; the instance is well."""
-    _, p, d, router = await fleet(instance, encoder, serve, encoders=1)
+    es, p, d, router = await fleet(instance, encoder, serve, encoders=1)
     p.script.append("500")
     assert (await router.post(chat(image()), path=CHAT))[0] == 200
     assert [kinds(seen.body) for seen in p.seen] == [{"image_embeds": 1}, {"image_url": 1}]
@@ -175,6 +176,10 @@ async def test_prefill_that_lacks_an_item_gets_the_media(instance, encoder, serv
     assert identities(p.seen[0].body) == identities(p.seen[1].body)
     assert d.seen[0].body["kv_transfer_params"] == REFERENCE
     assert router.value("recoveries_total", step="media_sent", reason="status") == 1
+    # What led nowhere once is not referred to again.
+    assert (await router.post(chat(image()), path=CHAT))[0] == 200
+    assert len(es[0].seen) == 2
+    assert not es[0].probes
 
 
 async def test_or_the_error_names_what_was_referred_to(instance, encoder, serve):

@@ -163,6 +163,23 @@ async def test_any_instances_encode_for_each_other_and_never_for_themselves(inst
     assert parts_of(full[0].seen[-1].body)[0]["type"] == "image_url"
 
 
+async def test_nobody_is_told_to_wait_for_itself(instance, encoder, serve):
+    """An `any` instance that prefills is a candidate for the items of others only."""
+    full = [await encoder("any", ec_role="ec_both") for _ in range(2)]
+    d = await instance("decode", ec=CONSUMER)
+    router = await serve([*full, d], encode={"overlap": "always"}, policies={"decode": "least_tokens"})
+    pending = []
+    for seed in range(8):
+        assert (await router.post(chat(image(seed=seed)), path=CHAT))[0] == 200
+        for one in [*full, d]:
+            for seen in one.seen:
+                for entry in (seen.body.get("ec_transfer_params") or {}).values():
+                    if entry is not True and "suite_pending" in entry:
+                        pending.append((one.instance_id, [c["producer"] for c in entry["suite_pending"]["candidates"]]))
+    assert pending
+    assert all(me not in candidates for me, candidates in pending)
+
+
 async def test_an_item_of_ones_own_is_not_referred_to(instance, encoder, serve):
     """It lies in the instance's own pool; a reference to oneself leads nowhere."""
     both = await encoder("any", ec_role="ec_both")
