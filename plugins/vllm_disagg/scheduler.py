@@ -7,6 +7,7 @@ one request and decode another without a restart.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -293,9 +294,11 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
             self._events.clear()
             self._idle_steps = 0
         self._idle_steps += 1
-        if unfinished or self._book.being_read():
+        if unfinished or self._pulling or self._book.being_read():
             return 0.0 if self._idle_steps < 30 else 0.004
         expiry = self._book.next_expiry()
-        if expiry is None or self._idle_steps < 10:
+        if self._idle_steps < 10:
             return 0.0
+        if expiry is None:
+            return math.inf  # the engine waits for another connector, or is about to have nothing to do
         return min(max(expiry - time.monotonic(), 0.001), MAX_IDLE_S)

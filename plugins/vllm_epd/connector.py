@@ -110,6 +110,9 @@ class SuiteECConnector(ECConnectorBase):
     def set_wake(self, wake: Callable[[], None]) -> None:
         self.scheduler.set_wake(wake)
 
+    def held_requests(self) -> int:
+        return self.scheduler.held_requests()
+
     def idle_wait_s(self, unfinished: bool) -> float:
         return self.scheduler.idle_wait_s(unfinished)
 

@@ -68,6 +68,8 @@ class Consumer:
         self._unavailable: set[str] = set()
         self._failed: set[str] = set()
         self._looked_at: set[str] = set()
+        self._holding: set[str] = set()
+        self.held = 0
         self._using: dict[str, set[str]] = {}  # identifier -> requests that were given it, for a load that is lost
         self._loads: list[Load] = []
 
@@ -75,6 +77,17 @@ class Consumer:
 
     def admit(self, request: Any, num_computed_tokens: int) -> bool:
         """False while the request cannot compute a token: its next item is under way, or will never come."""
+        admitted = self._admit(request, num_computed_tokens)
+        if not admitted:
+            self._holding.add(request.request_id)
+        return admitted
+
+    def end_of_schedule(self) -> None:
+        """A step has been made: ``held`` requests are not in it for want of an item."""
+        self.held = len(self._holding)
+        self._holding.clear()
+
+    def _admit(self, request: Any, num_computed_tokens: int) -> bool:
         request_id = request.request_id
         if request_id in self._failed or not self._sound(request):
             return False

@@ -24,9 +24,11 @@ class StepPlan(ECConnectorMetadata):
     Attributes:
         loads: items to put into the encoder cache.
         publish: items that requests of this step will refer to: leased anew, or stored again from the encoder cache.
+        forget: drop first what is stored; it was made with other weights.
         store: encoder outputs of this step to store; None for all.
     """
 
     loads: list[Load] = field(default_factory=list)
     publish: list[str] = field(default_factory=list)
     store: set[str] | None = None
+    forget: bool = False

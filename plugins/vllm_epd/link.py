@@ -238,7 +238,10 @@ class SchedulerEnd:
             for rank, channel in enumerate(self._channels):
                 channel.flush()
                 for packet in channel.receive():
-                    self._inbox.extend((rank, message) for message in scheduler_decoder.decode(packet))
+                    try:
+                        self._inbox.extend((rank, message) for message in scheduler_decoder.decode(packet))
+                    except msgspec.MsgspecError:
+                        logger.exception("epd: rank %d sent no message of ours over the control link", rank)
             inbox, self._inbox = self._inbox, []
         self._read.set()
         return inbox

@@ -53,6 +53,11 @@ class SuiteEncoderCacheManager(EncoderCacheManager):
             return False
         return super().can_allocate(request, input_id, encoder_compute_budget, num_embeds_to_schedule)
 
+    def reset(self) -> None:
+        """vLLM calls this when weights have changed: nothing that was encoded before may be used."""
+        super().reset()
+        self._half.forget_all()
+
     def _forget(self, identifier: str) -> None:
         """An entry that stood for an item that a producer's pool has evicted, or that was lost."""
         rows = self.freeable.pop(identifier)

@@ -33,6 +33,7 @@ class Publisher:
         self._resolver = resolver
         self._key = key
         self._alone = alone
+        self._forget = False
         self._kept: dict[str, Saved] = {}
         self._not_stored: dict[str, Refusal] = {}
         self._encode_only: dict[str, tuple[str, ...]] = {}
@@ -68,6 +69,13 @@ class Publisher:
         for identifier in identifiers:
             self._kept.pop(identifier, None)
 
+    def forget_all(self) -> None:
+        """Nothing that was stored may be used any more."""
+        self._forget = True
+        self._kept.clear()
+        self._not_stored.clear()
+        self._unloaded.clear()
+
     # --- requests ---
 
     def note(self, request: Any) -> None:
@@ -89,6 +97,7 @@ class Publisher:
 
     def add_to(self, plan: StepPlan, scheduler_output: Any) -> None:
         """Which items workers store in this step, and which they lease anew."""
+        plan.forget, self._forget = self._forget, False
         publish: dict[str, None] = {}
         for new in scheduler_output.scheduled_new_reqs:
             if self._alone or new.req_id in self._encode_only:

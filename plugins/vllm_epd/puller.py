@@ -113,6 +113,12 @@ class Puller:
         self._loop.call_soon_threadsafe(self.room.reuse, ready.region, event)
         return data.view(DTYPES[self._dtype]).view(ready.rows, ready.width)
 
+    def take_faults(self) -> dict[str, int]:
+        """Contained faults since the last call. Called in the loop's thread and between steps."""
+        faults = dict(self.faults)
+        self.faults.subtract(faults)
+        return {fault: amount for fault, amount in faults.items() if amount}
+
     def close(self) -> None:
         """Stop every fetch. The loop's thread is stopped by its owner."""
         self._loop.call_soon_threadsafe(self._close)

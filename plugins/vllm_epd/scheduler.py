@@ -5,6 +5,7 @@ An instance may consume, produce or both; the direction is the request's.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import weakref
@@ -24,11 +25,13 @@ from vllm_suite.encoded import Producer
 from vllm_suite.handoff import fleet_key
 from vllm_suite.identity import identity
 
+logger = logging.getLogger("vllm.suite.epd")
+
 MANAGER = "vllm_epd.manager.SuiteEncoderCacheManager"
 # Given up per step while a worker in this very process may have something to say; see vLLM's in-process executor.
 LINK_YIELD_S = 0.0001
-# Longest sleep of an engine that waits for items: its requests may wait for other things as well.
-FETCH_IDLE_S = 0.05
+# Sleep of an engine that waits for items while other requests wait for something else.
+OTHERS_IDLE_S = 0.02
 
 _halves: weakref.WeakValueDictionary[tuple[str, int], SuiteECScheduler] = weakref.WeakValueDictionary()
 
@@ -80,7 +83,6 @@ class SuiteECScheduler:
                 vllm_config, config, self._link, self._view, self.stats, resolver.fields_for, stored_here
             )
         self._received = False
-        self._idle_steps = 0
         _halves[transfer.engine_id, index] = self
 
     def shutdown(self) -> None:
@@ -109,6 +111,11 @@ class SuiteECScheduler:
             self.consumer.spoiled.discard(identifier)
         if self.publisher is not None:
             self.publisher.forgotten(identifier)
+
+    def forget_all(self) -> None:
+        """What is stored here was made with other weights."""
+        if self.publisher is not None:
+            self.publisher.forget_all()
 
     # --- vLLM's scheduler ---
 
@@ -143,15 +150,19 @@ class SuiteECScheduler:
 
     def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
         self._received = False
-        if scheduler_output.total_num_scheduled_tokens:
-            self._idle_steps = 0
         plan = StepPlan()
         if self.consumer is not None:
             if self.consumer.fetching:
                 time.sleep(LINK_YIELD_S)
+            self.consumer.end_of_schedule()
             plan.loads = self.consumer.take_loads()
         if self.publisher is not None:
-            self.publisher.add_to(plan, scheduler_output)
+            try:
+                self.publisher.add_to(plan, scheduler_output)
+            except Exception:
+                # Requests of this step may go without references; an error here would end the engine.
+                logger.exception("epd: what to store in this step could not be told")
+                self.stats.count("contained_faults", "publish")
         return plan
 
     def take_unavailable_requests(self) -> set[str]:
@@ -208,21 +219,22 @@ class SuiteECScheduler:
     def set_wake(self, wake: Callable[[], None]) -> None:
         self._link.set_wake(wake)
 
+    def held_requests(self) -> int:
+        """Requests that the last step did not schedule for want of an item."""
+        return self.consumer.held if self.consumer is not None else 0
+
     def idle_wait_s(self, unfinished: bool) -> float:
-        """See :class:`vllm_suite.compat.engine_idle.IdleAware`. Called when a step had nothing to execute."""
+        """See :class:`vllm_suite.compat.engine_idle.IdleAware`. Called when a step had nothing to execute.
+
+        A worker spins for a second after each step, so an engine that waits for items makes none.
+        """
         if self._link.arrived() or (self.consumer is not None and self.consumer.failing):
-            self._idle_steps = 0
             return 0.0
-        if not unfinished:
-            return math.inf
-        self._idle_steps += 1
         deadline = self.consumer.next_deadline() if self.consumer is not None else None
-        if deadline is None:
-            # They wait for something else: for the KV connector, which speaks for itself, or for what nobody knows.
-            return math.inf if self._vllm_config.kv_transfer_config is not None else 0.0
-        if self._idle_steps < 5:
-            return 0.0
-        return min(max(deadline - time.monotonic(), 0.001), FETCH_IDLE_S)
+        if unfinished and self._vllm_config.kv_transfer_config is None:
+            # Nobody knows what they wait for. With a KV connector it is that one's to say.
+            return 0.0 if deadline is None else OTHERS_IDLE_S
+        return math.inf if deadline is None else max(deadline - time.monotonic(), 0.001)
 
 
 def _nothing(_: str) -> bool:

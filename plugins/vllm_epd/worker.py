@@ -48,8 +48,11 @@ from vllm_suite.loop_thread import LoopThread
 
 logger = logging.getLogger("vllm.suite.epd")
 
-# Counters of an engine that is otherwise idle are reported at most this often.
+# How often counters of an engine that is otherwise idle are reported. Each report costs it a step, and its workers a
+# second of spinning, so what is no news waits for every SLOW_REPORTS-th.
 REPORT_S = 1.0
+SLOW_REPORTS = 15
+NEWS = frozenset({"served", "pool_hits", "contained_faults"})
 
 
 class SuiteECWorker:
@@ -66,9 +69,9 @@ class SuiteECWorker:
         self._outgoing: list[ToScheduler] = []
         self._announced: set[str] = set()
         self._counting = threading.Lock()  # the loop's thread reports what the runner's thread counts
-        self._reused = 0
-        self._faults: dict[str, int] = {}
+        self._stats = SuiteECStats()
         self._reported: dict[str, Any] = {}
+        self._idle_reports = 0
         self._pool: Pool | None = None
         self._server: ItemServer | None = None
         self._puller: Puller | None = None
@@ -118,52 +121,48 @@ class SuiteECWorker:
     # --- the link's and the loop's threads ---
 
     def _obey(self, order: ToWorker) -> None:
-        if isinstance(order, GaveUp):
-            if self._pool is not None:
-                for identifier in order.identifiers:
-                    if not self._pool.contains(identifier):
-                        self._pool.announce_failure(identifier, Refusal.NOT_STORED)
-        elif self._puller is not None:
-            match order:
-                case Fetch():
-                    self._puller.fetch(order)
-                case Drop(tickets=tickets):
-                    for ticket in tickets:
-                        self._puller.drop(ticket)
+        pool, puller = self._pool, self._puller
+        match order:
+            case Fetch() if puller is not None:
+                puller.fetch(order)
+            case Drop(tickets=tickets) if puller is not None:
+                for ticket in tickets:
+                    puller.drop(ticket)
+            case GaveUp(identifiers=identifiers) if pool is not None:
+                for identifier in identifiers:
+                    if not pool.contains(identifier):
+                        pool.announce_failure(identifier, Refusal.NOT_STORED)
 
     def _fetched(self, report: Fetched) -> None:
         self._link.send([report])
 
     def _report_later(self) -> None:
         """Counters change without steps too: a producer serves while it encodes nothing."""
-        counters = self._counters()
-        if counters is not None:
+        self._idle_reports += 1
+        if (counters := self._counters(news_only=self._idle_reports % SLOW_REPORTS != 0)) is not None:
             self._link.send([counters])
         self._thread.loop.call_later(REPORT_S, self._report_later)
 
-    def _counters(self) -> Counters | None:
+    def _counters(self, news_only: bool = False) -> Counters | None:
+        """What has not been reported yet; None where that is nothing, or with ``news_only`` nothing that matters."""
         with self._counting:
-            return self._counted()
+            stats = self._stats
+            if self._pool is not None and self._server is not None:
+                count_pool(stats, self._pool.take_stats())
+                count_server(stats, self._server.take_counts())
+            if self._puller is not None:
+                for fault, amount in self._puller.take_faults().items():
+                    stats.count("contained_faults", fault, amount)
+            counts, gauges = stats.data["counts"], stats.data["gauges"]
+            if not (counts.keys() & NEWS if news_only else counts or gauges != self._reported):
+                return None
+            self._reported = gauges
+            self._stats = SuiteECStats()
+            return Counters(counts, gauges)
 
-    def _counted(self) -> Counters | None:
-        stats = SuiteECStats()
-        if self._pool is not None and self._server is not None:
-            count_pool(stats, self._pool.take_stats())
-            count_server(stats, self._server.take_counts())
-        faults, self._faults = self._faults, {}
-        if self._puller is not None:
-            faults = {**faults, **self._puller.faults}
-            self._puller.faults.clear()
-        for fault, amount in faults.items():
-            stats.count("contained_faults", fault, amount)
-        reused, self._reused = self._reused, 0
-        if reused:
-            stats.count("reused_items", "", reused)
-        gauges = stats.data["gauges"]
-        if not stats.data["counts"] and gauges == self._reported:
-            return None
-        self._reported = gauges
-        return Counters(stats.data["counts"], gauges)
+    def _count(self, series: str, label: str = "") -> None:
+        with self._counting:
+            self._stats.count(series, label)
 
     # --- the runner's thread ---
 
@@ -175,10 +174,13 @@ class SuiteECWorker:
         """Lease what requests of this step will refer to, or store it again from the encoder cache."""
         if self._pool is None:
             return
+        if self._plan.forget:
+            for identifier in self._announced:
+                self._pool.drop(identifier)
+            self._announced.clear()
         for identifier in self._plan.publish:
             if self._pool.keep(identifier, self.config.lease_s) is not None:
-                with self._counting:
-                    self._reused += 1
+                self._count("reused_items")
             elif (tensor := encoder_cache.get(identifier)) is not None and usable(identifier):
                 self._store(identifier, tensor)
 
@@ -228,10 +230,9 @@ class SuiteECWorker:
                 self._announced.difference_update(gone)
                 self._outgoing.append(Evicted(gone))
         outgoing, self._outgoing = self._outgoing, []
-        if outgoing or self._reused:
-            if (counters := self._counters()) is not None:
-                outgoing.append(counters)
-            self._link.send(outgoing)
+        if (outgoing or self._stats.data["counts"]) and (counters := self._counters()) is not None:
+            outgoing.append(counters)
+        self._link.send(outgoing)
 
     def _contained(self, what: str, action: Callable[[Any], Any], argument: Any) -> Any:
         begun = time.monotonic()
@@ -239,6 +240,5 @@ class SuiteECWorker:
             return action(argument)
         except Exception:
             logger.exception("epd: %s failed after %.3f s", what, time.monotonic() - begun)
-            with self._counting:
-                self._faults[what] = self._faults.get(what, 0) + 1
+            self._count("contained_faults", what)
             return None

@@ -263,21 +263,26 @@ def steps(llm: Any) -> Steps:
     return recorded
 
 
-def abort_pending(llm: Any, parts: list[Part], ec: dict[str, Any]) -> tuple[int, int]:
-    """Start a request whose item is under way, abort it, and say what the ledger held before and after."""
+def abort_pending(llm: Any, parts: list[Part], ec: dict[str, Any]) -> dict[str, Any]:
+    """Start a request whose item is under way, then abort it; what the consumer says of it before and after."""
     from vllm import SamplingParams
 
-    engine, half = llm.llm_engine, scheduler(llm).ec_connector.scheduler.consumer
+    engine, half = llm.llm_engine, scheduler(llm).ec_connector.scheduler
     params = SamplingParams(max_tokens=4, extra_args={"ec_transfer_params": ec})
     prompt = llm._preprocess_chat([[{"role": "user", "content": parts}]])[0]
     engine.add_request("1000000", prompt, params)
     for _ in range(20):
         engine.step()
-    before = len(half._ledger)
+    said = {
+        "attempts": len(half.consumer._ledger),
+        "held": half.held_requests(),
+        "wait": half.idle_wait_s(False),
+        "wait beside others": half.idle_wait_s(True),
+    }
     engine.abort_request(["1000000"])
     for _ in range(5):
         engine.step()
-    return before, len(half._ledger)
+    return said | {"attempts after": len(half.consumer._ledger), "wait after": half.idle_wait_s(False)}
 
 
 def abort_at_once(llm: Any, parts: list[Part]) -> None:
@@ -300,6 +305,11 @@ def lose_next_load(_llm: Any) -> None:
         del puller.take
 
     puller.take = lost
+
+
+def reset_encoder_cache(llm: Any) -> None:
+    """What vLLM does when weights have changed."""
+    llm.llm_engine.engine_core.engine_core.reset_encoder_cache()
 
 
 def open_state(llm: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -407,8 +408,13 @@ def test_the_first_encoder_dies_and_the_second_delivers(encoder: Callable[..., E
 
 def test_a_request_that_is_aborted_while_its_item_is_under_way(stage: Stage) -> None:
     uuid, place = new_uuid(), stage.where()
-    before, after = stage.pd.call(abort_pending, question(named(uuid)), pending(uuid, place))
-    assert (before, after) == (1, 0)
+    said = stage.pd.call(abort_pending, question(named(uuid)), pending(uuid, place))
+    assert (said["attempts"], said["attempts after"]) == (1, 0)
+    # Meanwhile the engine may sleep until the item comes: a worker spins for a second after each step.
+    assert said["held"] == 1
+    assert said["wait"] > 5
+    assert 0 < said["wait beside others"] < 0.1
+    assert said["wait after"] == math.inf
     stage.healthy()
 
 

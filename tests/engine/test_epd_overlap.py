@@ -17,6 +17,7 @@ from epd_stage import (
     picture,
     question,
     record_steps,
+    reset_encoder_cache,
     steps,
     waiting_claims,
 )
@@ -163,3 +164,12 @@ def test_what_the_encoders_pool_has_evicted_is_encoded_again(stage: Stage) -> No
             stage.pd.ask([picture(other, seed, 336)], ec=ec, max_tokens=1)
     ec = stage.e.encode([picture(uuid, 5)])
     assert stage.pd.ask(question(named(uuid)), ec=ec).said() == stage.expected(5).said()
+
+
+def test_after_new_weights_nothing_old_is_given_out(stage: Stage) -> None:
+    uuid, old = stage.encoded(5)
+    stage.e.call(reset_encoder_cache)
+    with stage.e.encodes(1):
+        new = stage.e.encode([picture(uuid, 5)])
+    assert new[uuid]["suite"]["request_id"] != old[uuid]["suite"]["request_id"]
+    assert stage.pd.ask(question(named(uuid)), ec=new).said() == stage.expected(5).said()

@@ -80,7 +80,10 @@ _IDLE_ROWS = (
     ),
     Contract("vllm.v1.core.sched.interface:SchedulerInterface.get_ec_connector", "method", "asked as well", ("self",)),
     Contract(
-        "vllm.v1.core.sched.interface:SchedulerInterface.has_unfinished_requests", "method", "told to both", ("self",)
+        "vllm.v1.core.sched.interface:SchedulerInterface.get_num_unfinished_requests",
+        "method",
+        "told to both",
+        ("self",),
     ),
 )
 

@@ -51,6 +51,7 @@ _MANAGER_ROWS = (
     Contract(_MANAGER, "class", "base of SuiteEncoderCacheManager"),
     Contract(f"{_MANAGER}.create_manager", "classmethod", "overridden", ("cls", "cache_size", "vllm_config")),
     _overridden(_MANAGER, "__init__", "cache_size"),
+    _overridden(_MANAGER, "reset"),
     _overridden(_MANAGER, "check_and_update_cache", "request", "input_id"),
     _overridden(_MANAGER, "can_allocate", "request", "input_id", "encoder_compute_budget", "num_embeds_to_schedule"),
     Contract(f"{_MANAGER}.cached", "instance", "what the runner's cache has"),

@@ -21,7 +21,8 @@ class IdleAware(Protocol):
 
     def idle_wait_s(self, unfinished: bool) -> float:
         """Seconds this engine may sleep now as far as this connector goes: 0 for none, infinite where it waits for
-        nothing. ``unfinished``: some request still wants tokens."""
+        nothing. ``unfinished``: some request still wants tokens, and no connector says that it holds it: one may
+        have a method ``held_requests()``, the number of requests that wait for nothing but the connector itself."""
 
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Take a function, callable from any thread, that ends the sleep."""
@@ -49,7 +50,8 @@ def _process_engine_step(self: Any) -> bool:
         self._suite_wake_set = True
         for connector in connectors:
             connector.set_wake(lambda: queue.put_nowait((EngineCoreRequestType.WAKEUP, None)))
-    unfinished = self.scheduler.has_unfinished_requests()
+    held = sum(connector.held_requests() for connector in connectors if hasattr(connector, "held_requests"))
+    unfinished = self.scheduler.get_num_unfinished_requests() > held
     seconds = min(connector.idle_wait_s(unfinished) for connector in connectors)
     if seconds > 0:
         with queue.not_empty:

@@ -20,12 +20,16 @@ class Half:
         self.manager: Any = None
         self.blocked: set[str] = set()
         self.gone: set[str] = set()
+        self.forgot = False
 
     def use_manager(self, manager: Any) -> None:
         self.manager = manager
 
     def may_allocate(self, request: Any, index: int) -> bool:
         return request.mm_features[index].identifier not in self.blocked
+
+    def forget_all(self) -> None:
+        self.forgot = True
 
     def keeps(self, identifier: str) -> bool:
         return identifier not in self.gone
@@ -108,3 +112,12 @@ def test_it_needs_the_connector() -> None:
     config = SimpleNamespace(ec_transfer_config=None)
     with pytest.raises(ConfigError, match="works with SuiteECConnector only"):
         SuiteEncoderCacheManager.create_manager(cache_size=8, vllm_config=config)
+
+
+def test_new_weights_make_everything_stale() -> None:
+    manager, half = make()
+    use(manager, asking("a"))
+    manager.reset()
+    assert half.forgot
+    assert not manager.holds("a")
+    assert manager.num_free_slots == 8
