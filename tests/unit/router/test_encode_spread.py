@@ -6,7 +6,7 @@ import asyncio
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_suite.handoff import VERSION, Handoff
@@ -117,6 +117,8 @@ def test_costs_follow_the_family():
     st.floats(0, 1e12),
     st.sampled_from(["pixels", "bytes"]),
 )
+@example([(5e-324, 1)], 0.0, "pixels")
+@example([(5e-324, 1)], 1e12, "bytes")
 def test_estimates_are_always_usable(learned, amount, unit):
     costs = Costs()
     for units, rows in learned:

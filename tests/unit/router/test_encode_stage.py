@@ -180,6 +180,29 @@ async def test_nobody_is_told_to_wait_for_itself(instance, encoder, serve):
     assert all(me not in candidates for me, candidates in pending)
 
 
+async def test_who_encodes_leaves_prefill_to_others(instance, encoder, serve):
+    full = [await encoder("any", ec_role="ec_both") for _ in range(3)]
+    d = await instance("decode", ec=CONSUMER)
+    router = await serve(
+        [*full, d],
+        encode={"overlap": "never"},
+        disaggregation={"history_chunks": 0},
+        policies={"decode": "round_robin"},
+    )
+    prefilled = 0
+    for seed in range(12):
+        for one in full:
+            one.seen.clear()
+        assert (await router.post(chat(image(seed=seed)), path=CHAT))[0] == 200
+        for one in full:
+            for seen in one.seen:
+                if (seen.body.get("kv_transfer_params") or {}).get("do_remote_decode"):
+                    prefilled += 1
+                    assert len(one.seen) == 1
+                    assert kinds(seen.body) == {"image_embeds": 1}
+    assert prefilled
+
+
 async def test_an_item_of_ones_own_is_not_referred_to(instance, encoder, serve):
     """It lies in the instance's own pool; a reference to oneself leads nowhere."""
     both = await encoder("any", ec_role="ec_both")

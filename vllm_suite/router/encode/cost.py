@@ -53,7 +53,8 @@ class Costs:
         """Rows, at least 1."""
         fit = self._fits.get((model, item.modality, item.unit))
         rows = fit.rows(item.units) if fit else item.units * _GUESS[item.modality, item.unit]
-        return min(max(round(rows), 1), _MAX_ROWS)
+        # Not a number either, where lengths beyond all reason have been learned.
+        return max(round(rows), 1) if rows < _MAX_ROWS else _MAX_ROWS
 
     def learn(self, model: str | None, item: Item, rows: int) -> None:
         """An encoder made so many rows of this item."""
