@@ -93,8 +93,10 @@ class Machine:
         self.ahead = ahead
         self.kept: set[str] = set()
         self.encoded: list[str] = []
+        self.stored: set[str] = set()  # by steps that have been reported
         self.tokens = 0
-        self.steps: list[Any] = []
+        self.steps: list[tuple[Any, list[str]]] = []
+        self.wanted: dict[str, set[str]] = {}
         self.answers: dict[str, Any] = {}
 
     def add(self, name: str, prompt: Prompt, mark: Any = True) -> None:
@@ -109,6 +111,7 @@ class Machine:
             MultiModalFeatureSpec(None, "image", identifier, PlaceholderRange(offset=first, length=length), identifier)
             for first, length, identifier in prompt.places()
         ]
+        self.wanted[name] = {item.identifier for item in items}
         hashes = get_request_block_hasher(BLOCK, sha256)
         tokens = [7] * prompt.tokens()
         self.scheduler.add_request(Request(name, tokens, params, None, mm_features=items, block_hasher=hashes))
@@ -122,7 +125,7 @@ class Machine:
             if step == preempt_after:
                 self.scheduler.reset_prefix_cache(reset_running_requests=True)
             self._schedule()
-            if not self.ahead or len(self.steps) == 2 or not self.steps[-1].num_scheduled_tokens:
+            if not self.ahead or len(self.steps) == 2 or not self.steps[-1][0].num_scheduled_tokens:
                 self._report()
         raise AssertionError("a request never ends")
 
@@ -132,10 +135,13 @@ class Machine:
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        for name, items in output.scheduled_encoder_inputs.items():
-            made = [self.scheduler.requests[name].mm_features[item].identifier for item in items]
-            self.encoded += made
-            self.kept.update(made)
+        made = [
+            self.scheduler.requests[name].mm_features[item].identifier
+            for name, items in output.scheduled_encoder_inputs.items()
+            for item in items
+        ]
+        self.encoded += made
+        self.kept.update(made)
         for name, count in output.num_scheduled_tokens.items():
             end = starts[name] + count
             for item in self.scheduler.requests[name].mm_features:
@@ -143,17 +149,20 @@ class Machine:
                 if place.offset < end and starts[name] < place.offset + place.length:
                     assert item.identifier in self.kept, "the worker would end here"
             self.tokens += count
-        self.steps.append(output)
+        self.steps.append((output, made))
 
     def _report(self) -> None:
         from vllm.v1.outputs import ModelRunnerOutput
 
-        output = self.steps.pop(0)
+        output, made = self.steps.pop(0)
+        self.stored.update(made)
         names = list(output.num_scheduled_tokens)
         sampled = [[] if self._prefills(name) else [1] for name in names]
         result = ModelRunnerOutput(names, {name: place for place, name in enumerate(names)}, sampled)
         for outputs in self.scheduler.update_from_output(output, result).values():
-            self.answers |= {answer.request_id: answer for answer in outputs.outputs}
+            for answer in outputs.outputs:
+                assert self.wanted[answer.request_id] <= self.stored, "answered before it was encoded"
+                self.answers[answer.request_id] = answer
 
     def _prefills(self, name: str) -> bool:
         request = self.scheduler.requests.get(name)
