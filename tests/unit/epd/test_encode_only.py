@@ -176,7 +176,7 @@ class Machine:
         assert core.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1  # one is never given out
 
 
-PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @PROPERTY
