@@ -212,6 +212,8 @@ def _child(pipe: Connection, spec: Spec, side_port: int, ec_port: int) -> None:
     os.environ["VLLM_EC_SIDE_CHANNEL_PORT"] = str(ec_port)
     os.environ["VLLM_EC_SIDE_CHANNEL_HOST"] = "127.0.0.1"
     os.environ.update(spec.env)
+    # The sampler compiles a small function the first time that somebody wants logprobs: two seconds for each engine.
+    importlib.import_module("torch._dynamo").config.disable = True
     try:
         llm = _make_llm(spec)
     except BaseException:  # noqa: BLE001  the parent reports it
