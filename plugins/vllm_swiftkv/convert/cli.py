@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 from vllm_swiftkv.families import FAMILIES, SwiftKVError
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 where ``OUT`` is a complete, verified checkpoint; 1 where what was written reads back wrong, else 2."""
+    from vllm_suite.checkpoints.progress import Progress, human
     from vllm_suite.provenance import provenance
-    from vllm_swiftkv.convert.progress import Progress, human
     from vllm_swiftkv.convert.run import Request, convert
     from vllm_swiftkv.convert.verify import VerificationError
 
@@ -87,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(?:([KMG]I?)?B?)", text.strip().upper())
-    size = int(match[1]) * _UNITS[match[2] or ""] if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4GiB or 500MB")
-    return size
+    from vllm_suite.checkpoints.shards import size_in_bytes
+
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

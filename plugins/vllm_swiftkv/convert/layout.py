@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_swiftkv.convert.source import ConvertError, Source, Tensor
+from vllm_suite.checkpoints.source import Source, Tensor
+from vllm_swiftkv.convert.errors import ConvertError
 from vllm_swiftkv.families import Family, of_model_type
 
 Shapes = dict[str, tuple[int, ...]]

@@ -14,83 +14,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_suite.checkpoints.shards import Entry, Plan, natural_order, pack
+from vllm_suite.checkpoints.source import Source, Tensor
 from vllm_swiftkv.convert import layout, quantized
-from vllm_swiftkv.convert.source import DTYPE_BYTES, ConvertError, Source, Tensor
+from vllm_swiftkv.convert.errors import ConvertError
 from vllm_swiftkv.families import Family, Split
 
 FORMAT = 1
 NORM = "model.norm_swiftkv.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 _QKV = re.compile(r"self_attn\.([qkv])_proj\.(.+)$")
-_DIGITS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of the result: the bytes of its one source tensor, or the mean of several.
-
-    `initialised`: no tensor of the ordinary model, but one that SwiftKV adds.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    initialised: bool = False
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return DTYPE_BYTES[self.dtype] * math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One weight file of the result: its complete header, then the data of `entries` in order."""
-
-    name: str
-    header: bytes
-    entries: tuple[Entry, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.header) + sum(entry.size for entry in self.entries)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole conversion. `facts` is JSON and decides whether two conversions are the same one."""
+class SwiftKVPlan(Plan):
+    """A whole conversion."""
 
     family: Family
     split: Split
-    shards: tuple[Shard, ...]
-    config: dict[str, Any]
     dropped: tuple[str, ...]
-    facts: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of `facts`."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def entries(self) -> Iterator[Entry]:
-        """The tensors of all shards."""
-        return (entry for shard in self.shards for entry in shard.entries)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.size for shard in self.shards)
-
-    @property
-    def index(self) -> dict[str, Any]:
-        """`model.safetensors.index.json`."""
-        return {
-            "metadata": {"total_size": sum(entry.size for entry in self.entries)},
-            "weight_map": {entry.name: shard.name for shard in self.shards for entry in shard.entries},
-        }
 
 
 def choose_split(layers: int, cut: float | None, cut_layer: int | None, group: int) -> Split:
@@ -115,7 +57,9 @@ def choose_split(layers: int, cut: float | None, cut_layer: int | None, group: i
     return Split(layers, layers - tail, group)
 
 
-def make_plan(source: Source, cut: float | None, cut_layer: int | None, group: int, keep: bool, limit: int) -> Plan:
+def make_plan(
+    source: Source, cut: float | None, cut_layer: int | None, group: int, keep: bool, limit: int
+) -> SwiftKVPlan:
     """Check the source and plan its conversion into shards of at most `limit` bytes of data (a larger tensor has
     one of its own). `keep` leaves the tail's teacher q, k and v in. Raises SwiftKVError."""
     family = layout.family_of(source.config)
@@ -134,12 +78,12 @@ def make_plan(source: Source, cut: float | None, cut_layer: int | None, group: i
         "config": hashlib.sha256(json.dumps(source.config, sort_keys=True).encode()).hexdigest(),
         "files": {name: source.files[name].identity for name in sorted(source.files)},
     }
-    return Plan(
+    return SwiftKVPlan(
         family=family,
         split=split,
-        shards=pack(sorted(entries, key=lambda e: _order(e.name)), limit),
+        shards=pack(sorted(entries, key=lambda e: natural_order(e.name)), limit),
         config=_config(source.config, family, split, entries, tensors),
-        dropped=tuple(sorted(set(source.tensors) - used, key=_order)),
+        dropped=tuple(sorted(set(source.tensors) - used, key=natural_order)),
         facts=facts,
     )
 
@@ -207,41 +151,3 @@ def _config(
         plain = [e.name.removesuffix(".weight") for e in weights if e.dtype in FLOATS]
         result[quantized.KEY] = quantized.rewritten(config[quantized.KEY], plain)
     return result
-
-
-def _order(name: str) -> tuple[Any, ...]:
-    """Embeddings, layers by number, then the rest."""
-    rank = 0 if name.startswith("model.embed") else 1 if name.startswith("model.layers.") else 2
-    return rank, [int(part) if part.isdigit() else part for part in _DIGITS.split(name)]
-
-
-def pack(entries: list[Entry], limit: int) -> tuple[Shard, ...]:
-    """Weight files of at most `limit` bytes of data each, in the order of `entries`."""
-    packs: list[list[Entry]] = []
-    room = 0
-    for entry in entries:
-        if not packs or entry.size > room:
-            packs.append([])
-            room = limit
-        packs[-1].append(entry)
-        room -= entry.size
-    # Widest dtypes first, as the library writes them: every tensor stays aligned to its elements.
-    packs = [sorted(entries, key=lambda e: -DTYPE_BYTES[e.dtype]) for entries in packs]
-    total = len(packs)
-    names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
-    return tuple(Shard(name, _header(p), tuple(p)) for name, p in zip(names, packs, strict=True))
-
-
-def _header(entries: list[Entry]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.size],
-        }
-        offset += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

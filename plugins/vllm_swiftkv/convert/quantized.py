@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vllm_swiftkv.convert.source import ConvertError
+from vllm_swiftkv.convert.errors import ConvertError
 
 KEY = "quantization_config"
 _FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "dense")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import errno
-import re
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_swiftkv.convert.output import Output
-from vllm_swiftkv.convert.plan import Plan, make_plan
-from vllm_swiftkv.convert.progress import Progress, human
-from vllm_swiftkv.convert.source import ConvertError, Source
+from vllm_suite.checkpoints.output import Kind, Output, in_words, shards_report, write_shards
+from vllm_suite.checkpoints.progress import Progress, human, peak_rss
+from vllm_suite.checkpoints.shards import DEFAULT_SHARD_BYTES
+from vllm_suite.checkpoints.source import CheckpointError, Source
+from vllm_swiftkv.convert.data import data_of
+from vllm_swiftkv.convert.errors import ConvertError
+from vllm_swiftkv.convert.plan import SwiftKVPlan, make_plan
 from vllm_swiftkv.convert.verify import verify
 
-DEFAULT_SHARD_BYTES = 4 << 30
+KIND = Kind(
+    noun="conversion",
+    manifest="swiftkv_conversion.json",
+    changes={"files": "the source changed", "config": "the source's config.json changed"},
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,10 @@ def convert(request: Request, progress: Progress) -> dict[str, Any]:
             for line in describe(plan):
                 progress.say(line)
             written = _write(request, plan, source, progress)
+    except CheckpointError as error:
+        raise ConvertError(str(error)) from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "; make room and run the same command again" if full else ""
-        where = f"{error.filename}: " if error.filename else f"{request.out}.partial: " if full else ""
-        raise ConvertError(f"{where}{error.strerror or error}{advice}") from error
+        raise ConvertError(in_words(error, request.out)) from error
     return {
         "ok": True,
         "model": str(request.model),
@@ -72,12 +77,12 @@ def convert(request: Request, progress: Progress) -> dict[str, Any]:
         "bytes": plan.size,
         **written,
         "seconds": time.monotonic() - began,
-        "peak_rss_bytes": _peak_rss(),
+        "peak_rss_bytes": peak_rss(),
         "plan": plan.digest,
     }
 
 
-def describe(plan: Plan) -> list[str]:
+def describe(plan: SwiftKVPlan) -> list[str]:
     """The plan in a few lines."""
     split = plan.split
     leaders = f", shared in groups of {split.group}" if split.group > 1 else ""
@@ -90,30 +95,23 @@ def describe(plan: Plan) -> list[str]:
     ]
 
 
-def _write(request: Request, plan: Plan, source: Source, progress: Progress) -> dict[str, Any]:
-    output = Output(request.out, plan, source)
+def _write(request: Request, plan: SwiftKVPlan, source: Source, progress: Progress) -> dict[str, Any]:
+    output = Output(request.out, KIND, plan, side=source, sources=[source])
     if output.finished:
         progress.say(f"{output.out} is this conversion, finished before")
-        return _result(plan, [], _verified(request, output.out, plan, source, progress))
+        return shards_report(plan, []) | {"verified": _verified(request, output.out, plan, source, progress)}
     with output:
-        left = output.remaining(progress.say)
-        done = plan.size - sum(shard.size for shard in left)
-        if done:
-            progress.say(f"going on: {len(plan.shards) - len(left)} of {len(plan.shards)} weight files are there")
-        progress.start(plan.size, done)
-        for shard in left:
-            progress.advance(len(shard.header))
-            output.write_shard(shard, progress.advance)
-            progress.wrote(shard.name)
-        progress.stop()
+        shards = write_shards(output, plan, progress, begin=lambda: partial(data_of, source=source))
         output.write_rest()
         source.check_unchanged()
         verified = _verified(request, output.partial, plan, source, progress)
         output.finish()
-    return _result(plan, [shard.name for shard in left], verified)
+    return shards | {"verified": verified}
 
 
-def _verified(request: Request, folder: Path, plan: Plan, source: Source, progress: Progress) -> dict[str, int] | None:
+def _verified(
+    request: Request, folder: Path, plan: SwiftKVPlan, source: Source, progress: Progress
+) -> dict[str, int] | None:
     if not request.verify:
         return None
     done = verify(folder, plan, source)
@@ -122,15 +120,3 @@ def _verified(request: Request, folder: Path, plan: Plan, source: Source, progre
         f"{human(done.initialised_bytes)} of the new ones compared with the source"
     )
     return asdict(done)
-
-
-def _result(plan: Plan, written: list[str], verified: dict[str, int] | None) -> dict[str, Any]:
-    reused = [shard.name for shard in plan.shards if shard.name not in set(written)]
-    return {"shards_written": written, "shards_reused": reused, "verified": verified}
-
-
-def _peak_rss() -> int:
-    """Of this program. What getrusage tells includes the memory of the process that started it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    match = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0

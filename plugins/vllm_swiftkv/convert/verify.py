@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from vllm_swiftkv.convert.plan import Entry, Plan, Shard
-from vllm_swiftkv.convert.source import CHUNK_BYTES, CONFIG, INDEX, ConvertError, Source, pread, read_header, read_json
+from vllm_suite.checkpoints.readback import check_structure
+from vllm_suite.checkpoints.shards import Entry, Plan, Shard
+from vllm_suite.checkpoints.source import CHUNK_BYTES, CheckpointError, Source, pread, read_header
+from vllm_swiftkv.convert.errors import ConvertError
 
 # Of a copied tensor: its first and last bytes, and as much at places that its name decides.
 _SPOT_BYTES = 64 << 10
@@ -37,13 +37,10 @@ class Verified:
 def verify(folder: Path, plan: Plan, source: Source) -> Verified:
     """Every tensor present with its shape and dtype and no other, samples of the copied ones equal, the initialised
     ones equal as a whole to their teachers or their teachers' mean. Raises VerificationError."""
-    if read_json(folder / CONFIG) != plan.config:
-        raise VerificationError(f"{folder / CONFIG} is not the planned one")
-    if read_json(folder / INDEX) != plan.index:
-        raise VerificationError(f"{folder / INDEX} is not the planned one")
-    stray = {path.name for path in folder.glob("*.safetensors")} - {shard.name for shard in plan.shards}
-    if stray:
-        raise VerificationError(f"{folder} holds a weight file that was not planned: {min(stray)}")
+    try:
+        check_structure(folder, plan)
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
     done = Verified()
     for shard in plan.shards:
         _verify_shard(folder / shard.name, shard, source, done)
@@ -51,17 +48,6 @@ def verify(folder: Path, plan: Plan, source: Source) -> Verified:
 
 
 def _verify_shard(path: Path, shard: Shard, source: Source, done: Verified) -> None:
-    try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping, keys() only
-            found = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-            del slices
-    except (OSError, SafetensorError) as error:
-        raise VerificationError(f"{path} cannot be read back: {error}") from None
-    planned = {entry.name: (entry.dtype, entry.shape) for entry in shard.entries}
-    if found != planned:
-        name = min(n for n in found.keys() | planned.keys() if found.get(n) != planned.get(n))
-        raise VerificationError(f"{path}: {name} is {found.get(name)} where {planned.get(name)} was planned")
     begin = {name: tensor.begin for name, tensor in read_header(path)[1].items()}
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -102,6 +88,7 @@ def _spots(entry: Entry) -> Iterator[tuple[int, int]]:
 def _is_mean(path: Path, entry: Entry, source: Source) -> bool:
     """Whether a tensor is the mean of its teachers; all of them read by the library, not by this package."""
     import torch
+    from safetensors import safe_open
 
     with ExitStack() as files:
 

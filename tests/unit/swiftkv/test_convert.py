@@ -18,10 +18,11 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from vllm_suite.checkpoints.progress import Progress
+from vllm_suite.checkpoints.shards import Entry, pack
 from vllm_swiftkv.configs import register
 from vllm_swiftkv.convert import layout
-from vllm_swiftkv.convert.plan import Entry, choose_split, pack
-from vllm_swiftkv.convert.progress import Progress
+from vllm_swiftkv.convert.plan import choose_split
 from vllm_swiftkv.convert.run import Request, convert
 from vllm_swiftkv.families import FAMILIES, SwiftKVError
 

@@ -18,8 +18,8 @@ pytest.importorskip("transformers")
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_suite.checkpoints.progress import Progress
 from vllm_suite.cli.main import main
-from vllm_swiftkv.convert.progress import Progress
 from vllm_swiftkv.convert.run import Request, convert
 from vllm_swiftkv.convert.verify import VerificationError, verify
 

@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_swiftkv.convert.progress import Progress
+from vllm_suite.checkpoints.progress import Progress
+from vllm_swiftkv.convert.errors import ConvertError
 from vllm_swiftkv.convert.run import Request, convert
-from vllm_swiftkv.convert.source import ConvertError
 
 Checkpoint = Callable[..., Path]
 COMPRESSED = {

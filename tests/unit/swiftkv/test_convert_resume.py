@@ -19,10 +19,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from vllm_suite.checkpoints.progress import Progress
 from vllm_suite.cli.main import main
-from vllm_swiftkv.convert.progress import Progress
+from vllm_swiftkv.convert.errors import ConvertError
 from vllm_swiftkv.convert.run import Request, convert
-from vllm_swiftkv.convert.source import ConvertError
 
 Checkpoint = Callable[..., Path]
 
@@ -44,7 +44,7 @@ def shards(folder: Path) -> dict[str, tuple[int, int]]:
 KILLED_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
-from vllm_swiftkv.convert.progress import Progress
+from vllm_suite.checkpoints.progress import Progress
 from vllm_swiftkv.convert.run import Request, convert
 from vllm_swiftkv.convert.verify import verify  # imported before the fork
 import numpy, safetensors
@@ -219,7 +219,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(interrupted: tuple[Path, Pat
         def wrote(self, name: str) -> None:
             os.utime(model / "model.safetensors", ns=(1, 1))
 
-    with pytest.raises(ConvertError, match="changed while it was converted"):
+    with pytest.raises(ConvertError, match="changed while it was read"):
         convert(request(model, out), Touching())
     assert not out.exists()
 

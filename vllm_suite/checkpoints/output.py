@@ -7,52 +7,73 @@ manifest; before that it is a hidden temporary file.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vllm_swiftkv.convert.plan import Entry, Plan, Shard
-from vllm_swiftkv.convert.progress import human
-from vllm_swiftkv.convert.source import CHUNK_BYTES, CONFIG, INDEX, ConvertError, Source, read_json
+from vllm_suite.checkpoints.progress import Progress, human
+from vllm_suite.checkpoints.shards import Entry, Plan, Shard
+from vllm_suite.checkpoints.source import CHUNK_BYTES, CONFIG, INDEX, CheckpointError, Source, read_json
 
-MANIFEST = "swiftkv_conversion.json"
 _TEMPORARY = ".tmp"
 # What a file system needs beside the bytes themselves.
 _SPARE_BYTES = 16 << 20
+
+Piece = bytes | bytearray | memoryview
+Data = Callable[[Entry], Iterable[Piece]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is being made: `noun` is its name in messages, `manifest` the file that says so.
+
+    `changes`: what to say, in place of both values, where a key of the plan's facts differs from the manifest's.
+    """
+
+    noun: str
+    manifest: str
+    changes: dict[str, str]
 
 
 class Output:
     """The result of one plan, being written. A context manager: it holds a lock on ``OUT.partial``.
 
-    Raises ConvertError where ``OUT`` or ``OUT.partial`` is not this plan's, is in use, or the disk has no room.
+    `side` is the checkpoint whose tokenizer and other files go into the result; `sources` are all that are read.
+    `notes` is JSON beside the plan in the manifest: what a run that goes on need not compute again, or what the
+    result is to say about itself. Raises CheckpointError where ``OUT`` or ``OUT.partial`` is not this plan's, is in
+    use, or the disk has no room.
     """
 
-    def __init__(self, out: Path, plan: Plan, source: Source) -> None:
+    def __init__(self, out: Path, kind: Kind, plan: Plan, side: Source, sources: Sequence[Source]) -> None:
         self.out = Path(os.path.realpath(out))
         self.partial = self.out.with_name(self.out.name + ".partial")
+        self.notes: dict[str, Any] = {}
+        self._kind = kind
         self._plan = plan
-        self._source = source
+        self._side = side
         self._lock: int | None = None
         self._digests: dict[str, str] = {}
-        folder = Path(os.path.realpath(source.folder))
-        if folder in (self.out, *self.out.parents):
-            raise ConvertError(f"the result {self.out} would lie inside the model's folder")
+        for source in sources:
+            if Path(os.path.realpath(source.folder)) in (self.out, *self.out.parents):
+                raise CheckpointError(f"the result {self.out} would lie inside the model's folder")
 
     @property
     def finished(self) -> bool:
-        """Whether ``OUT`` is this very conversion, done. Raises ConvertError where it is anything else."""
+        """Whether ``OUT`` is this very result, done. Raises CheckpointError where it is anything else."""
         if not os.path.lexists(self.out) or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
         if not self.out.is_dir():
-            raise ConvertError(f"{self.out} is in the way; nothing is overwritten")
-        if not (self.out / MANIFEST).is_file():
-            raise ConvertError(f"{self.out} is not empty and not a conversion; nothing is overwritten")
+            raise CheckpointError(f"{self.out} is in the way; nothing is overwritten")
+        if not (self.out / self._kind.manifest).is_file():
+            raise CheckpointError(f"{self.out} is not empty and not a {self._kind.noun}; nothing is overwritten")
         self._compare(self.out)
         return True
 
@@ -70,13 +91,13 @@ class Output:
             self._read_manifest()
         except (BlockingIOError, FileNotFoundError):
             self._release()
-            raise ConvertError(f"{self.partial} is in use by another conversion") from None
+            raise CheckpointError(f"{self.partial} is in use by another {self._kind.noun}") from None
         except BaseException:
             self._release()
             raise
         for path in self.partial.rglob(f".*{_TEMPORARY}"):
             path.unlink()
-        self._save_manifest()
+        self.save_manifest()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -89,35 +110,41 @@ class Output:
 
     def _read_manifest(self) -> None:
         if os.path.lexists(self.partial) and not self.partial.is_dir():
-            raise ConvertError(f"{self.partial} is in the way; nothing is overwritten")
-        if (self.partial / MANIFEST).is_file():
+            raise CheckpointError(f"{self.partial} is in the way; nothing is overwritten")
+        if (self.partial / self._kind.manifest).is_file():
             self._digests = self._compare(self.partial)
         elif self.partial.is_dir() and any(not path.name.endswith(_TEMPORARY) for path in self.partial.iterdir()):
-            raise ConvertError(f"{self.partial} was not left by a conversion; nothing is overwritten")
+            raise CheckpointError(f"{self.partial} was not left by a {self._kind.noun}; nothing is overwritten")
 
     def _compare(self, folder: Path) -> dict[str, str]:
-        """SHA-256 by weight file from the manifest in `folder`. Raises ConvertError for another plan's."""
-        manifest = read_json(folder / MANIFEST)
-        facts, digests = manifest.get("plan"), manifest.get("shards")
+        """SHA-256 by weight file from the manifest in `folder`. Raises CheckpointError for another plan's."""
+        manifest = read_json(folder / self._kind.manifest)
+        facts, digests = manifest.pop("plan", None), manifest.pop("shards", None)
         if not isinstance(facts, dict) or not isinstance(digests, dict):
-            raise ConvertError(f"{folder / MANIFEST} is damaged; remove {folder} and convert again")
+            raise CheckpointError(
+                f"{folder / self._kind.manifest} is damaged; remove {folder} and run the command again"
+            )
         keys = [key for key in sorted(facts | self._plan.facts) if facts.get(key) != self._plan.facts.get(key)]
         if keys:
-            details = ", ".join(_difference(key, facts.get(key), self._plan.facts.get(key)) for key in keys)
-            raise ConvertError(
-                f"{folder} belongs to another conversion ({details}); remove it or choose another output"
+            details = ", ".join(
+                self._kind.changes.get(key) or f"{key} {facts.get(key)} there, {self._plan.facts.get(key)} here"
+                for key in keys
             )
+            raise CheckpointError(
+                f"{folder} belongs to another {self._kind.noun} ({details}); remove it or choose another output"
+            )
+        self.notes = manifest
         return digests
 
     def _check_room(self) -> None:
         # What is there stays or, where it is temporary, goes.
         there = self.partial.rglob("*") if self.partial.is_dir() else ()
         have = sum(path.stat().st_size for path in there if path.is_file())
-        need = self._plan.size + sum(self._source.side_files().values()) - have + _SPARE_BYTES
+        need = self._plan.size + sum(self._side.side_files().values()) - have + _SPARE_BYTES
         folder = next(path for path in (self.partial, *self.partial.parents) if path.is_dir())
         free = shutil.disk_usage(folder).free
         if need > free:
-            raise ConvertError(f"{folder} has {human(free)} free; the conversion needs {human(need)}")
+            raise CheckpointError(f"{folder} has {human(free)} free; the {self._kind.noun} needs {human(need)}")
 
     def remaining(self, say: Callable[[str], None]) -> list[Shard]:
         """The weight files still to be written; finished ones are read and compared with the manifest's SHA-256."""
@@ -132,27 +159,29 @@ class Output:
             left.append(shard)
         return left
 
-    def write_shard(self, shard: Shard, advance: Callable[[int], None]) -> None:
-        """Write one weight file; `advance` is told the bytes as they go."""
+    def write_shard(self, shard: Shard, data: Data, advance: Callable[[int], None]) -> None:
+        """Write one weight file; `data` gives the bytes of a tensor, `advance` is told of them as they go."""
         temporary = self.partial / f".{shard.name}{_TEMPORARY}"
         digest = hashlib.sha256(shard.header)
         with temporary.open("wb", buffering=0) as file:
             _write(file.fileno(), shard.header)
             for entry in shard.entries:
-                for piece in data_of(entry, self._source):
+                for piece in data(entry):
                     _write(file.fileno(), piece)
                     digest.update(piece)
                     advance(len(piece))
             os.fsync(file.fileno())
         self._digests[shard.name] = digest.hexdigest()
-        self._save_manifest()
+        self.save_manifest()
         os.rename(temporary, self.partial / shard.name)
         _sync_folder(self.partial)
 
     def write_rest(self) -> None:
         """Copy the tokenizer and whatever else lies beside the weights; then the config; the index last."""
-        for name in self._source.side_files():
-            self._save(name, self._source.folder / name)
+        for name in self._side.side_files():
+            # The model may itself be such a result.
+            if name != self._kind.manifest:
+                self._save(name, self._side.folder / name)
         self._save(CONFIG, (json.dumps(self._plan.config, indent=2) + "\n").encode())
         self._save(INDEX, (json.dumps(self._plan.index, indent=2) + "\n").encode())
 
@@ -163,13 +192,15 @@ class Output:
             # Onto nothing or an empty folder; anything else that has appeared meanwhile is an error, never lost.
             os.rename(self.partial, self.out)
         except OSError as error:
-            raise ConvertError(f"{self.partial} is complete but cannot become {self.out}: {error.strerror}") from None
+            raise CheckpointError(
+                f"{self.partial} is complete but cannot become {self.out}: {error.strerror}"
+            ) from None
         _sync_folder(self.out.parent)
 
-    def _save_manifest(self) -> None:
-        self._save(
-            MANIFEST, (json.dumps({"plan": self._plan.facts, "shards": self._digests}, indent=1) + "\n").encode()
-        )
+    def save_manifest(self) -> None:
+        """Write plan, digests and notes."""
+        manifest = {"plan": self._plan.facts, "shards": self._digests, **self.notes}
+        self._save(self._kind.manifest, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _save(self, name: str, content: bytes | Path) -> None:
         path = self.partial / name
@@ -186,27 +217,36 @@ class Output:
         _sync_folder(path.parent)
 
 
-def data_of(entry: Entry, source: Source) -> Iterable[bytes | bytearray | memoryview]:
-    """The bytes of a tensor of the result, in pieces of at most `CHUNK_BYTES`."""
-    tensors = [source.tensors[name] for name in entry.sources]
-    return source.chunks(tensors[0]) if len(tensors) == 1 else _mean(entry, source)
+def write_shards(output: Output, plan: Plan, progress: Progress, begin: Callable[[], Data]) -> dict[str, Any]:
+    """Write the weight files that `output`, whose lock is held, still lacks. `begin` makes what gives their data and
+    is called where there is one to write. Returns the names of those written and of those found, for the report."""
+    left = output.remaining(progress.say)
+    done = plan.size - sum(shard.size for shard in left)
+    if done:
+        progress.say(f"going on: {len(plan.shards) - len(left)} of {len(plan.shards)} weight files are there")
+    if left:
+        data = begin()
+        progress.start(plan.size, done)
+        for shard in left:
+            progress.advance(len(shard.header))
+            output.write_shard(shard, data, progress.advance)
+            progress.wrote(shard.name)
+        progress.stop()
+    return shards_report(plan, [shard.name for shard in left])
 
 
-def _mean(entry: Entry, source: Source) -> Iterator[memoryview]:
-    """Element-wise mean, summed in double precision and rounded once to the tensors' own dtype."""
-    import torch
-
-    dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
-    streams = [source.chunks(source.tensors[name], CHUNK_BYTES // 16) for name in entry.sources]
-    for pieces in zip(*streams, strict=True):
-        total = sum(torch.frombuffer(piece, dtype=dtype).double() for piece in pieces)
-        yield (total / len(pieces)).to(dtype).view(torch.uint8).numpy().data
+def shards_report(plan: Plan, written: Sequence[str]) -> dict[str, Any]:
+    """What a report says about weight files."""
+    reused = [shard.name for shard in plan.shards if shard.name not in set(written)]
+    return {"shards_written": list(written), "shards_reused": reused}
 
 
-def _difference(key: str, there: Any, here: Any) -> str:
-    if key in ("files", "config"):
-        return "the source changed" if key == "files" else "the source's config.json changed"
-    return f"{key} {there} there, {here} here"
+def in_words(error: OSError, out: Path) -> str:
+    """One line for the person whose run it ended."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "; make room and run the same command again" if full else ""
+    where = f"{error.filename}: " if error.filename else f"{out}.partial: " if full else ""
+    return f"{where}{error.strerror or error}{advice}"
 
 
 def _sha256_file(path: Path) -> str:
@@ -214,7 +254,7 @@ def _sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(fd: int, data: bytes | bytearray | memoryview) -> None:
+def _write(fd: int, data: Piece) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -11,12 +11,11 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from vllm_swiftkv.families import SwiftKVError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -33,11 +32,13 @@ WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
 )
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+# A trainer's intermediate states, whole checkpoints themselves.
+_TRAINER_STATE = re.compile(r"checkpoint-\d+")
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
 
-class ConvertError(SwiftKVError):
-    """The conversion cannot be done as asked. The text is one line for the person who asked; nothing was lost."""
+class CheckpointError(ValueError):
+    """What was asked for cannot be done. The text is one line for the person who asked; nothing was lost."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class FileFacts:
 class Source:
     """An opened checkpoint. Close it, or use it as a context manager.
 
-    Raises ConvertError where the folder holds no readable safetensors checkpoint.
+    Raises CheckpointError where the folder holds no readable safetensors checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._fds: dict[str, int] = {}
         if not folder.is_dir():
-            raise ConvertError(
+            raise CheckpointError(
                 f"{folder} is no folder; download the checkpoint first: hf download NAME --local-dir DIR"
             )
         self.config = read_json(folder / CONFIG)
@@ -90,7 +91,7 @@ class Source:
             raise
         for tensor, file in indexed.items():
             if tensor not in self.tensors or self.tensors[tensor].file != file:
-                raise ConvertError(f"{folder}: the index places {tensor} in {file}, which does not have it")
+                raise CheckpointError(f"{folder}: the index places {tensor} in {file}, which does not have it")
 
     def _add(self, name: str) -> None:
         path = self.folder / name
@@ -98,12 +99,12 @@ class Source:
         header, tensors = read_header(path)
         for tensor, where in tensors.items():
             if tensor in self.tensors:
-                raise ConvertError(f"{tensor} is in both {self.tensors[tensor].file} and {name}")
+                raise CheckpointError(f"{tensor} is in both {self.tensors[tensor].file} and {name}")
             self.tensors[tensor] = where
         self.files[name] = FileFacts(stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest())
 
     def read(self, tensor: Tensor, offset: int, size: int) -> bytearray:
-        """`size` bytes from `offset` of the tensor. Raises ConvertError where the file has become shorter."""
+        """`size` bytes from `offset` of the tensor. Raises CheckpointError where the file has become shorter."""
         if tensor.file not in self._fds:
             self._fds[tensor.file] = os.open(self.folder / tensor.file, os.O_RDONLY)
         return pread(self._fds[tensor.file], size, tensor.begin + offset, tensor.file)
@@ -114,17 +115,17 @@ class Source:
             yield self.read(tensor, offset, min(chunk, tensor.size - offset))
 
     def check_unchanged(self) -> None:
-        """Raises ConvertError where a weight file is not the one that was opened."""
+        """Raises CheckpointError where a weight file is not the one that was opened."""
         for name, facts in self.files.items():
             stat = os.stat(self.folder / name)
             if (stat.st_size, stat.st_mtime_ns) != (facts.size, facts.mtime_ns):
-                raise ConvertError(f"{self.folder / name} changed while it was converted; convert again")
+                raise CheckpointError(f"{self.folder / name} changed while it was read; run the command again")
 
     def side_files(self) -> dict[str, int]:
         """Relative path and size of every file that is neither weights nor config: tokenizer, chat template, …"""
         found: dict[str, int] = {}
         for folder, folders, names in os.walk(self.folder):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            folders[:] = sorted(f for f in folders if not (f.startswith(".") or _TRAINER_STATE.fullmatch(f)))
             for name in sorted(names):
                 path = Path(folder) / name
                 relative = path.relative_to(self.folder).as_posix()
@@ -146,38 +147,38 @@ class Source:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConvertError where there is none."""
+    """The object in a JSON file. Raises CheckpointError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConvertError(f"{path.parent} has no {path.name}: this is no Hugging Face checkpoint") from None
+        raise CheckpointError(f"{path.parent} has no {path.name}: this is no Hugging Face checkpoint") from None
     except ValueError as error:
-        raise ConvertError(f"{path} is not JSON: {error}") from None
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConvertError(f"{path}: an object is expected, found {type(value).__name__}")
+        raise CheckpointError(f"{path}: an object is expected, found {type(value).__name__}")
     return value
 
 
 def read_header(path: Path) -> tuple[bytes, dict[str, Tensor]]:
-    """The header of a safetensors file and its tensors. Raises ConvertError for a truncated or foreign file."""
+    """The header of a safetensors file and its tensors. Raises CheckpointError for a truncated or foreign file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ConvertError(f"{path} is no complete safetensors file (a Git LFS pointer, or a broken download?)")
+            raise CheckpointError(f"{path} is no complete safetensors file (a Git LFS pointer, or a broken download?)")
         header = file.read(length)
     try:
         entries = json.loads(header)
         tensors = {k: _tensor(path.name, v, 8 + length) for k, v in entries.items() if k != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConvertError(f"{path}: its safetensors header cannot be read: {error!r}") from None
+        raise CheckpointError(f"{path}: its safetensors header cannot be read: {error!r}") from None
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.begin, t.size)):
         if tensor.begin != end:
-            raise ConvertError(f"{path}: its safetensors header leaves a hole or an overlap at byte {end}")
+            raise CheckpointError(f"{path}: its safetensors header leaves a hole or an overlap at byte {end}")
         end += tensor.size
     if end != size:
-        raise ConvertError(f"{path} has {size} bytes where its header says {end}: the file is incomplete")
+        raise CheckpointError(f"{path} has {size} bytes where its header says {end}: the file is incomplete")
     return header, tensors
 
 
@@ -192,13 +193,13 @@ def _tensor(file: str, entry: dict[str, Any], data: int) -> Tensor:
 
 
 def pread(fd: int, size: int, position: int, name: str) -> bytearray:
-    """Exactly `size` bytes at `position`. Raises ConvertError at the end of the file."""
+    """Exactly `size` bytes at `position`. Raises CheckpointError at the end of the file."""
     buffer = bytearray(size)
     view, got = memoryview(buffer), 0
     while got < size:
         count = os.preadv(fd, [view[got:]], position + got)
         if count == 0:
-            raise ConvertError(f"{name} ends at byte {position + got}, before the tensor does")
+            raise CheckpointError(f"{name} ends at byte {position + got}, before the tensor does")
         got += count
     return buffer
 
@@ -208,20 +209,20 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ConvertError(f"{folder / INDEX} has no weight_map")
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
-                raise ConvertError(f"{folder}: {name}, named by the index, is missing")
+                raise CheckpointError(f"{folder}: {name}, named by the index, is missing")
         return names, weight_map
     if (folder / SINGLE).is_file():
         return [SINGLE], {}
     present = {path.suffix for path in folder.iterdir()}
     if ".safetensors" in present:
-        raise ConvertError(f"{folder} has neither {SINGLE} nor {INDEX}; which of its .safetensors files count?")
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; which of its .safetensors files count?")
     if present & _PICKLES:
-        raise ConvertError(
+        raise CheckpointError(
             f"{folder} holds pickled weights (.bin, .pt), which can run code when read; save them as safetensors "
             "first: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
-    raise ConvertError(f"{folder} holds no safetensors weights ({SINGLE} or {INDEX})")
+    raise CheckpointError(f"{folder} holds no safetensors weights ({SINGLE} or {INDEX})")
