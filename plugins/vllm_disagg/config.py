@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_suite.plugin_config import ConfigError as ConfigError
+from vllm_suite.plugin_config import checked
 
 # Keys vLLM's own NIXL connector reads from the same dictionary.
 UPSTREAM_KEYS = frozenset(
@@ -27,10 +30,6 @@ UPSTREAM_KEYS = frozenset(
         "push_registration_timeout",
     }
 )
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the key, the reason and the remedy."""
 
 
 class DisaggConfig(BaseModel):
@@ -101,10 +100,4 @@ class DisaggConfig(BaseModel):
         settings = dict(extra.get("suite") or {})
         if "kv_lease_duration" in extra:
             settings.setdefault("lease_s", float(extra["kv_lease_duration"]))
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in ("suite", *first["loc"]))
-            known = ", ".join(cls.model_fields)
-            raise ConfigError(f"kv_connector_extra_config.{where}: {first['msg']} (settings: {known})") from error
+        return checked(cls, settings, "kv_connector_extra_config.suite")

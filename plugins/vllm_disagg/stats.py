@@ -6,18 +6,11 @@ hands the sum to the API server's ``/metrics``.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-from prometheus_client import REGISTRY
-
-from vllm_suite.compat.nixl import (
-    KVConnectorStats,
-    NixlKVConnectorStats,
-    NixlPromMetrics,
-    create_metric_per_engine,
-)
-from vllm_suite.metrics import KV, SeriesSpec
+from vllm_suite.compat.nixl import KVConnectorStats, NixlKVConnectorStats, NixlPromMetrics
+from vllm_suite.engine_series import EngineSeries, MetricClasses
+from vllm_suite.metrics import KV
 
 # Lists of plain values: they cross process borders as msgpack.
 _OWN = (
@@ -29,9 +22,6 @@ _OWN = (
     "suite_leases",
     "suite_faults",
 )
-_made: dict[str, Any] = {}
-# Peers beyond this many share one label value.
-MAX_PEERS = 1024
 
 
 class SuiteKVStats(NixlKVConnectorStats):
@@ -87,64 +77,32 @@ class SuitePromMetrics(NixlPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._engine_labels = per_engine_labelvalues
-        self._peers: set[str] = set()
-        self._series = {spec.name: self._make(spec, labelnames) for spec in KV}
-        leases = self._series["vllm_suite_kv_leases_outstanding"]
-        self._leases = create_metric_per_engine(leases, per_engine_labelvalues)
-
-    def _make(self, spec: SeriesSpec, labelnames: list[str]) -> Any:
-        if (old := _made.pop(spec.name, None)) is not None:
-            # Another engine was built in this process before. vLLM drops only its own series then.
-            with contextlib.suppress(KeyError):
-                REGISTRY.unregister(old)
-        _made[spec.name] = made = self._new(spec, labelnames)
-        return made
-
-    def _new(self, spec: SeriesSpec, labelnames: list[str]) -> Any:
-        labels = [*labelnames, *spec.labels]
-        if spec.kind == "gauge":
-            return self._gauge_cls(
-                name=spec.name, documentation=spec.help, labelnames=labels, multiprocess_mode="mostrecent"
-            )
-        if spec.kind == "histogram":
-            return self._histogram_cls(
-                name=spec.name, documentation=spec.help, labelnames=labels, buckets=list(spec.buckets)
-            )
-        return self._counter_cls(name=spec.name, documentation=spec.help, labelnames=labels)
-
-    def _child(self, name: str, engine_idx: int, *values: object) -> Any:
-        return self._series[name].labels(*self._engine_labels[engine_idx], *values)
-
-    def _peer_label(self, peer: str) -> str:
-        if peer not in self._peers:
-            if len(self._peers) >= MAX_PEERS:
-                return "other"
-            self._peers.add(peer)
-        return peer[:128]
+        classes = MetricClasses(self._counter_cls, self._gauge_cls, self._histogram_cls)
+        self.series = EngineSeries(KV, classes, labelnames, per_engine_labelvalues)
+        self.series.start_at_zero(["vllm_suite_kv_leases_outstanding"])
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)
-        data = transfer_stats_data
+        series, data = self.series, transfer_stats_data
         for outcome, peer, size, blocks, seconds in data.get("suite_pulls", ()):
-            self._child("vllm_suite_kv_pulls_total", engine_idx, outcome).inc()
+            series.child("vllm_suite_kv_pulls_total", engine_idx, outcome).inc()
             if outcome == "ok":
-                peer = self._peer_label(peer)
-                self._child("vllm_suite_kv_pull_bytes_total", engine_idx, peer, "in").inc(size)
-                self._child("vllm_suite_kv_pull_blocks_total", engine_idx, peer, "in").inc(blocks)
-                self._child("vllm_suite_kv_pull_seconds", engine_idx, peer, "in").observe(seconds)
+                peer = series.peer(peer)
+                series.child("vllm_suite_kv_pull_bytes_total", engine_idx, peer, "in").inc(size)
+                series.child("vllm_suite_kv_pull_blocks_total", engine_idx, peer, "in").inc(blocks)
+                series.child("vllm_suite_kv_pull_seconds", engine_idx, peer, "in").observe(seconds)
         for peer, size, blocks in data.get("suite_served", ()):
-            peer = self._peer_label(peer)
-            self._child("vllm_suite_kv_pull_bytes_total", engine_idx, peer, "out").inc(size)
-            self._child("vllm_suite_kv_pull_blocks_total", engine_idx, peer, "out").inc(blocks)
+            peer = series.peer(peer)
+            series.child("vllm_suite_kv_pull_bytes_total", engine_idx, peer, "out").inc(size)
+            series.child("vllm_suite_kv_pull_blocks_total", engine_idx, peer, "out").inc(blocks)
         for reason in data.get("suite_recomputes", ()):
-            self._child("vllm_suite_kv_recomputes_total", engine_idx, reason).inc()
+            series.child("vllm_suite_kv_recomputes_total", engine_idx, reason).inc()
         for reason in data.get("suite_refused", ()):
-            self._child("vllm_suite_kv_refused_total", engine_idx, reason).inc()
+            series.child("vllm_suite_kv_refused_total", engine_idx, reason).inc()
         for end, held_s in data.get("suite_leases_ended", ()):
-            self._child("vllm_suite_kv_leases_total", engine_idx, end).inc()
-            self._child("vllm_suite_kv_held_seconds", engine_idx).observe(held_s)
+            series.child("vllm_suite_kv_leases_total", engine_idx, end).inc()
+            series.child("vllm_suite_kv_held_seconds", engine_idx).observe(held_s)
         for fault in data.get("suite_faults", ()):
-            self._child("vllm_suite_kv_contained_faults_total", engine_idx, fault).inc()
+            series.child("vllm_suite_kv_contained_faults_total", engine_idx, fault).inc()
         if leases := data.get("suite_leases"):
-            self._leases[engine_idx].set(leases[-1])
+            series.child("vllm_suite_kv_leases_outstanding", engine_idx).set(leases[-1])

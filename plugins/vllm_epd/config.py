@@ -14,7 +14,10 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from vllm_suite.plugin_config import ConfigError as ConfigError
+from vllm_suite.plugin_config import checked
 
 # Blocks of one tier. The pieces of a wholly scattered item must fit one message of the item channel.
 MAX_BLOCKS = 32768
@@ -22,10 +25,6 @@ MAX_BLOCKS = 32768
 HOST_ENV = "VLLM_EC_SIDE_CHANNEL_HOST"
 PORT_ENV = "VLLM_EC_SIDE_CHANNEL_PORT"
 _HOST_ENVS = (HOST_ENV, "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_HOST_IP")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the key, the reason and the remedy."""
 
 
 class EpdConfig(BaseModel):
@@ -131,10 +130,4 @@ class EpdConfig(BaseModel):
             settings["host"] = next((env[name] for name in _HOST_ENVS if env.get(name)), "127.0.0.1")
         if "port" not in settings and env.get(PORT_ENV):
             settings["port"] = env[PORT_ENV]
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in ("suite", *first["loc"]))
-            known = ", ".join(cls.model_fields)
-            raise ConfigError(f"ec_connector_extra_config.{where}: {first['msg']} (settings: {known})") from error
+        return checked(cls, settings, "ec_connector_extra_config.suite")

@@ -15,51 +15,23 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from vllm_epd.checksum import checksum, finite, flat_bytes
 from vllm_epd.items import DTYPE_NAMES, DTYPES, Item, Shelves, Stored
+from vllm_epd.pins import Pins
+from vllm_epd.pool_stats import PoolCounts, PoolStats
 from vllm_epd.tiers import Tier
 from vllm_suite.handoff import Refusal
 
-__all__ = ["DTYPES", "Listener", "Pool", "PoolStats", "Stored"]
+__all__ = ["DTYPES", "Listener", "Pool", "Stored"]
 
 logger = logging.getLogger("vllm.suite.epd")
 
-# Claims between two looks for those whose time is over; `put` and `take_stats` look too.
-SWEEP_EVERY = 256
-
 # Called with an identifier when it is stored (None) or will not be (why), from the thread that found out.
 Listener = Callable[[str, Refusal | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """Counts since the last `Pool.take_stats`, and the state then.
-
-    Counts: hits, evictions and demotions by tier (the one it was in); not_stored by refusal; misses; stored_items,
-    stored_rows and stored_bytes; pins that expired; items found corrupt.
-    State: bytes used, capacity and items by tier; pins outstanding.
-    """
-
-    hits: dict[str, int]
-    evictions: dict[str, int]
-    demotions: dict[str, int]
-    not_stored: dict[str, int]
-    misses: int
-    stored_items: int
-    stored_rows: int
-    stored_bytes: int
-    expired_pins: int
-    corrupt: int
-    used_bytes: dict[str, int]
-    capacity_bytes: dict[str, int]
-    items: dict[str, int]
-    pins: int
 
 
 class Pool:
@@ -88,13 +60,10 @@ class Pool:
         self._clock = clock
         self._lock = threading.Lock()
         self._shelves = Shelves(tiers)
-        self._pinned: dict[int, Item] = {}
+        self._pins = Pins(self._shelves)
         self._published = 0
-        self._claims = 0
         self._listeners: list[Listener] = []
-        self._counts: Counter[str] = Counter()
-        self._hits: Counter[str] = Counter()
-        self._not_stored: Counter[str] = Counter()
+        self._counts = PoolCounts()
 
     def subscribe(self, listener: Listener) -> None:
         """Call ``listener`` at each end of a `put` and at each `announce_failure`, outside the lock."""
@@ -118,9 +87,11 @@ class Pool:
             outcome = Refusal.NOT_STORED
         with self._lock:
             if isinstance(outcome, Refusal):
-                self._not_stored[outcome.value] += 1
+                self._counts.not_stored[outcome.value] += 1
             else:
-                self._counts.update(stored_items=1, stored_rows=outcome.rows, stored_bytes=outcome.size)
+                self._counts.stored_items += 1
+                self._counts.stored_rows += outcome.rows
+                self._counts.stored_bytes += outcome.size
         self._tell(identifier, outcome if isinstance(outcome, Refusal) else None)
         return outcome
 
@@ -137,7 +108,7 @@ class Pool:
         seed = secrets.randbits(63)
         proof = checksum(values, seed)
         with self._lock:
-            self._expire(self._clock())
+            self._pins.expire(self._clock())
             placed = self._shelves.place(size, self._clock())
         if placed is None:
             return Refusal.NOT_STORED
@@ -173,7 +144,7 @@ class Pool:
             return None
         claim, stored = claimed
         with self._lock:
-            item = self._pinned.get(claim)
+            item = self._pins.item(claim)
         if item is None:
             return None  # a lease so short that the pin has ended
         data = item.tier.read(stored.runs).to(self.device, copy=True)
@@ -220,13 +191,8 @@ class Pool:
             if item is None:
                 return None
             self._shelves.use(item)
-            self._claims += 1
-            if self._claims % SWEEP_EVERY == 0:  # readers that never say goodbye, where nothing is stored any more
-                self._expire(self._clock())
-            item.pins[self._claims] = self._clock() + hold_s
-            self._pinned[self._claims] = item
-            self._hits[item.tier.name] += 1
-            return self._claims, item.stored
+            self._counts.hits[item.tier.name] += 1
+            return self._pins.add(item, self._clock(), hold_s), item.stored
 
     def pin(self, identifier: str, hold_s: float) -> int | Refusal:
         """As `claim`; ``UNKNOWN`` where the item is not there."""
@@ -236,23 +202,17 @@ class Pool:
     def pinned(self, claim: int) -> Stored | None:
         """What a claim pins; None once it has ended."""
         with self._lock:
-            item = self._pinned.get(claim)
-            return item.stored if item is not None else None
+            return self._pins.stored(claim)
 
     def unpin(self, claim: int, *, read: bool = True) -> bool:
         """End a claim; ``read`` says that its reader has the item. False where the claim has ended already."""
         with self._lock:
-            item = self._pinned.pop(claim, None)
-            if item is None:
-                return False
-            item.read = item.read or read
-            self._shelves.unpin(item, claim)
-            return True
+            return self._pins.end(claim, read=read)
 
     def verify(self, claim: int) -> bool:
         """Whether the bytes of a pinned item are still those published. An item that is corrupt is dropped."""
         with self._lock:
-            item = self._pinned.get(claim)
+            item = self._pins.item(claim)
         if item is None or checksum(item.tier.read(item.stored.runs), item.stored.seed) == item.stored.checksum:
             return True
         self._drop_corrupt(item)
@@ -269,7 +229,7 @@ class Pool:
     def expire(self, now: float | None = None) -> int:
         """End the pins whose time is over, as `put` does by itself. Returns how many."""
         with self._lock:
-            return self._expire(self._clock() if now is None else now)
+            return self._pins.expire(self._clock() if now is None else now)
 
     def has_published(self, item_id: str) -> bool:
         """Whether this pool has ever published under ``item_id``."""
@@ -280,46 +240,23 @@ class Pool:
     def count_miss(self) -> None:
         """Somebody asked for an item that is not there, and gave up."""
         with self._lock:
-            self._counts["misses"] += 1
+            self._counts.misses += 1
 
     def take_stats(self) -> PoolStats:
         """Counts since the last call, and the present state."""
         with self._lock:
-            self._expire(self._clock())
-            shelves, counts = self._shelves, self._counts
-            stats = PoolStats(
-                hits=dict(self._hits),
-                evictions=dict(shelves.evictions),
-                demotions=dict(shelves.demotions),
-                not_stored=dict(self._not_stored),
-                misses=counts["misses"],
-                stored_items=counts["stored_items"],
-                stored_rows=counts["stored_rows"],
-                stored_bytes=counts["stored_bytes"],
-                expired_pins=counts["expired_pins"],
-                corrupt=counts["corrupt"],
-                used_bytes={tier.name: tier.used_bytes for tier in shelves.tiers},
-                capacity_bytes={tier.name: tier.capacity_bytes for tier in shelves.tiers},
-                items=shelves.counts(),
-                pins=len(self._pinned),
-            )
-            for counter in (self._hits, shelves.evictions, shelves.demotions, self._not_stored, counts):
-                counter.clear()
+            self._pins.expire(self._clock())
+            stats = self._counts.stats(self._shelves, self._pins)
+            self._counts = PoolCounts()
+            self._shelves.evictions.clear()
+            self._shelves.demotions.clear()
+            self._pins.expired = 0
             return stats
-
-    def _expire(self, now: float) -> int:
-        """With the lock held."""
-        over = [(claim, item) for claim, item in self._pinned.items() if now >= item.pins[claim]]
-        for claim, item in over:
-            del self._pinned[claim]
-            self._shelves.unpin(item, claim)
-        self._counts["expired_pins"] += len(over)
-        return len(over)
 
     def _drop_corrupt(self, item: Item) -> None:
         logger.error("encoder pool: %s is not what was published any more; dropped", item.stored.identifier)
         with self._lock:
-            self._counts["corrupt"] += 1
+            self._counts.corrupt += 1
             self._shelves.take_out(item)
 
     def _tell(self, identifier: str, refusal: Refusal | None) -> None:

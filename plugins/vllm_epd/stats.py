@@ -6,20 +6,15 @@ everything up and hands it to the engine's statistics on each step.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-from prometheus_client import REGISTRY
-
 from vllm_epd.item_server import ServerCounts
-from vllm_epd.pool import PoolStats
+from vllm_epd.pool_stats import PoolStats
 from vllm_suite.compat.ec import ECConnectorPromMetrics, ECConnectorStats
-from vllm_suite.metrics import EC, SeriesSpec
+from vllm_suite.engine_series import EngineSeries, MetricClasses
+from vllm_suite.metrics import EC
 
 PREFIX = "vllm_suite_ec_"
-_made: dict[str, Any] = {}
-# Peers beyond this many share one label value.
-MAX_PEERS = 1024
 
 Counts = dict[str, dict[str, float]]
 
@@ -138,57 +133,21 @@ class SuiteECPromMetrics(ECConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._engine_labels = per_engine_labelvalues
-        self._peers: set[str] = set()
-        self._specs = {spec.name: spec for spec in EC}
-        self._series = {spec.name: self._make(spec, labelnames) for spec in EC}
-        for spec in EC:
-            if not spec.labels:
-                for engine_idx in per_engine_labelvalues:
-                    self._child(spec.name, engine_idx)  # 0 from the start, so that rates have a first point
-
-    def _make(self, spec: SeriesSpec, labelnames: list[str]) -> Any:
-        if (old := _made.pop(spec.name, None)) is not None:
-            # Another engine was built in this process before. vLLM drops only its own series then.
-            with contextlib.suppress(KeyError):
-                REGISTRY.unregister(old)
-        _made[spec.name] = made = self._new(spec, labelnames)
-        return made
-
-    def _new(self, spec: SeriesSpec, labelnames: list[str]) -> Any:
-        labels = [*labelnames, *spec.labels]
-        if spec.kind == "gauge":
-            return self._gauge_cls(
-                name=spec.name, documentation=spec.help, labelnames=labels, multiprocess_mode="mostrecent"
-            )
-        if spec.kind == "histogram":
-            return self._histogram_cls(
-                name=spec.name, documentation=spec.help, labelnames=labels, buckets=list(spec.buckets)
-            )
-        return self._counter_cls(name=spec.name, documentation=spec.help, labelnames=labels)
-
-    def _child(self, name: str, engine_idx: int, *values: object) -> Any:
-        return self._series[name].labels(*self._engine_labels[engine_idx], *values)
-
-    def _label(self, spec: SeriesSpec, value: str) -> tuple[str, ...]:
-        if not spec.labels:
-            return ()
-        if spec.labels == ("peer",) and value not in self._peers:
-            if len(self._peers) >= MAX_PEERS:
-                return ("other",)
-            self._peers.add(value)
-        return (value[:128],)
+        classes = MetricClasses(self._counter_cls, self._gauge_cls, self._histogram_cls)
+        self.series = EngineSeries(EC, classes, labelnames, per_engine_labelvalues)
+        self.series.start_at_zero(spec.name for spec in EC if not spec.labels)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        for series, by_label in transfer_stats_data.get("counts", {}).items():
-            spec = self._specs[f"{PREFIX}{series}_total"]
+        series, data = self.series, transfer_stats_data
+        for short, by_label in data.get("counts", {}).items():
+            name = f"{PREFIX}{short}_total"
             for label, amount in by_label.items():
-                self._child(spec.name, engine_idx, *self._label(spec, label)).inc(amount)
-        for series, by_label in transfer_stats_data.get("gauges", {}).items():
-            spec = self._specs[PREFIX + series]
+                series.child(name, engine_idx, *series.labels(name, label)).inc(amount)
+        for short, by_label in data.get("gauges", {}).items():
+            name = PREFIX + short
             for label, value in by_label.items():
-                self._child(spec.name, engine_idx, *self._label(spec, label)).set(value)
-        for series, values in transfer_stats_data.get("seconds", {}).items():
-            child = self._child(PREFIX + series, engine_idx)
+                series.child(name, engine_idx, *series.labels(name, label)).set(value)
+        for short, values in data.get("seconds", {}).items():
+            child = series.child(PREFIX + short, engine_idx)
             for value in values:
                 child.observe(value)

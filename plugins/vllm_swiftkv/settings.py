@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_suite.catalog import SelectionError
 from vllm_suite.compat.additional import section
+from vllm_suite.plugin_config import checked
 
 
 class SwiftKVSettings(BaseModel):
@@ -48,10 +49,4 @@ class SwiftKVSettings(BaseModel):
             SelectionError: an unknown key or a wrong value; the text names the key.
         """
         found = section(config.additional_config, "swiftkv")
-        try:
-            return cls.model_validate(found)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in ("additional_config.suite.swiftkv", *first["loc"]))
-            known = ", ".join(cls.model_fields)
-            raise SelectionError(f"{where}: {first['msg']} (settings: {known})") from error
+        return checked(cls, found, "additional_config.suite.swiftkv", SelectionError)

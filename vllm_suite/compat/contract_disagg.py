@@ -104,12 +104,6 @@ _STATS_ROWS = (
     Contract(f"{_PROM}._counter_cls", "instance", "series that work with several API servers"),
     Contract(f"{_PROM}._gauge_cls", "instance", "series that work with several API servers"),
     Contract(f"{_PROM}._histogram_cls", "instance", "series that work with several API servers"),
-    Contract(
-        "vllm.v1.metrics.utils:create_metric_per_engine",
-        "function",
-        "label children of a series",
-        ("metric", "per_engine_labelvalues"),
-    ),
 )
 
 _IDLE_ROWS = (

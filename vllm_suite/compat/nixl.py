@@ -18,7 +18,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConne
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.stats import NixlKVConnectorStats, NixlPromMetrics
-from vllm.v1.metrics.utils import create_metric_per_engine
 
 from vllm_suite.compat.nixl_progress import quiet_progress_thread
 
@@ -36,6 +35,5 @@ __all__ = [
     "NixlPullConnectorScheduler",
     "NixlPullConnectorWorker",
     "ReqMeta",
-    "create_metric_per_engine",
     "quiet_progress_thread",
 ]

@@ -9,9 +9,11 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from vllm_epd.agent import Agent, Read
@@ -263,3 +265,14 @@ def main(port: str = "0", epoch: str = FACTS.epoch) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not happened():
+            await asyncio.sleep(0.005)
+
+
+def changed(ref: Handoff, key: bytes | None = KEY, **fields: object) -> Handoff:
+    """``ref`` with other fields, signed by somebody who knows the key."""
+    return msgspec.structs.replace(ref, **fields).signed(key)

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 from vllm_epd.item_server import ServerCounts
-from vllm_epd.pool import PoolStats
+from vllm_epd.pool_stats import PoolStats
 from vllm_epd.stats import SuiteECPromMetrics, SuiteECStats, count_pool, count_server
 from vllm_suite.metrics import EC
 
@@ -27,7 +27,7 @@ def metrics() -> Iterator[SuiteECPromMetrics]:
     config = SimpleNamespace(ec_transfer_config=None)
     made = SuiteECPromMetrics(config, kinds, ["model_name", "engine"], {0: ["m", "0"]})
     yield made
-    for series in made._series.values():
+    for series in made.series._series.values():
         REGISTRY.unregister(series)
 
 
@@ -77,7 +77,7 @@ def test_series_without_labels_are_there_from_the_start(metrics: SuiteECPromMetr
 
 
 def test_peers_beyond_the_limit_share_a_label(metrics: SuiteECPromMetrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_epd.stats.MAX_PEERS", 2)
+    monkeypatch.setattr("vllm_suite.engine_series.MAX_PEERS", 2)
     stats = SuiteECStats()
     for peer in ("a", "b", "c", "d", "a"):
         stats.count("fetch_bytes", peer)
