@@ -59,6 +59,7 @@ class PluginInfo:
         options: module with ``propose(view)`` and ``check(view)``; see `vllm_suite.compat.settings`.
         exporter: class that the control endpoint makes in each API server; see `vllm_suite.compat.endpoint`.
         report: module whose ``report()`` says what the plugin can do here; see `vllm_suite.compat.probes`.
+        length_policy: function that makes the scheduler's policy; see `vllm_suite.compat.length_policy`.
         flags: switches on ``vllm serve`` beside ``--plugins``, refused without the plugin.
     """
 
@@ -72,6 +73,7 @@ class PluginInfo:
     options: str | None = None
     exporter: LazyClass | None = None
     report: str | None = None
+    length_policy: LazyClass | None = None
     flags: tuple[Flag, ...] = ()
 
 
@@ -133,7 +135,15 @@ _TABLE = (
         exporter=LazyClass("SwiftKVExporter", "vllm_swiftkv.exporter"),
         report="vllm_swiftkv.report",
     ),
-    PluginInfo(name="dler", package="vllm_dler", summary="length-aware scheduling"),
+    PluginInfo(
+        name="dler",
+        package="vllm_dler",
+        summary="requests ordered by expected length, learned online, with a bound on how long any of them waits",
+        landed=True,
+        options="vllm_dler.options",
+        report="vllm_dler.report",
+        length_policy=LazyClass("make_policy", "vllm_dler.policy"),
+    ),
 )
 
 PLUGINS: dict[str, PluginInfo] = {plugin.name: plugin for plugin in _TABLE}

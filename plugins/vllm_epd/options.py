@@ -14,7 +14,7 @@ from vllm_suite.identity import ENV_ROLE
 CONNECTOR = "SuiteECConnector"
 CONNECTOR_MODULE = "vllm_epd.connector"
 MANAGER = "vllm_epd.manager.SuiteEncoderCacheManager"
-SCHEDULER = "vllm_suite.compat.encode_only.make_scheduler"
+SCHEDULER = "vllm_suite.compat.scheduler.make_scheduler"
 
 EC_ROLE = {"encode": "ec_producer", "prefill": "ec_consumer", "decode": "ec_consumer", "any": "ec_both"}
 MODALITIES = ("image", "video", "audio", "vision_chunk")

@@ -145,10 +145,6 @@ def unknown() -> Facts:
     return command("serve", MODEL, "--plugins", "disagg,nope")
 
 
-def not_landed() -> Facts:
-    return command("serve", MODEL, "--plugins=dler")
-
-
 def bad_environment() -> Facts:
     return command("serve", MODEL, env={"VLLM_SUITE_PLUGINS": "nope"})
 
@@ -357,6 +353,29 @@ def epd_switch_without_suite() -> Facts:
     return epd("--epd-no-local-encoder", plugins="")
 
 
+def dler(*argv: str, plugins: str = "dler", settings: Facts | None = None, model: str = MODEL) -> Facts:
+    given = ["--additional-config", json.dumps({"suite": {"dler": settings}})] if settings is not None else []
+    seen = command("serve", model, "--plugins", plugins, *given, *argv)
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err):
+            return configure(seen)
+    except SystemExit as end:
+        return {"exit": end.code, "err": err.getvalue()}
+
+
+def dler_and_all_others() -> Facts:
+    return dler("--scheduling-policy", "priority", plugins="disagg,epd,dler", model=str(WORK / "vision"))
+
+
+def dler_keeps_yours() -> Facts:
+    return dler("--scheduler-cls", "vllm.v1.core.sched.scheduler.Scheduler")
+
+
+def dler_bad_setting() -> Facts:
+    return dler(settings={"victims": {"max_eviction": 2}})
+
+
 def epd_help() -> Facts:
     return command("serve", "--help=epd-no-local")
 
@@ -372,7 +391,6 @@ SCENARIOS: list[Callable[[], Facts]] = [
     option_beats_environment,
     kept,
     unknown,
-    not_landed,
     bad_environment,
     old_vllm,
     old_vllm_unasked,
@@ -391,6 +409,9 @@ SCENARIOS: list[Callable[[], Facts]] = [
     swiftkv_prefill_only,
     swiftkv_prefill_only_alone,
     swiftkv_bad_setting,
+    dler_and_all_others,
+    dler_keeps_yours,
+    dler_bad_setting,
     epd_encode,
     epd_prefill,
     epd_any,

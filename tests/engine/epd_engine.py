@@ -28,7 +28,7 @@ EC_ROLES = {"e": "ec_producer", "p": "ec_consumer", "d": "ec_consumer", "pd": "e
 KV_ROLES = {"p": "kv_producer", "d": "kv_consumer", "any": "kv_both"}
 SUITE = ("SuiteECConnector", "vllm_epd.connector")
 MANAGER = "vllm_epd.manager.SuiteEncoderCacheManager"
-SCHEDULER = "vllm_suite.compat.encode_only.make_scheduler"
+SCHEDULER = "vllm_suite.compat.encode_only.EncodeOnlyScheduler"
 
 # What a part becomes when its item is already encoded. Qwen2.5-VL's films are left out: the time between frames,
 # which the positions depend on, is no part of the metadata.

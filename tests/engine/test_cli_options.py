@@ -134,7 +134,7 @@ def test_kept(result: Facts) -> None:
     ("scenario", "text"),
     [
         ("unknown", "unknown plugin 'nope'; known plugins: disagg, epd"),
-        ("not_landed", "'dler' has not landed"),
+        ("dler_bad_setting", "additional_config.suite.dler.victims.max_eviction: Extra inputs are not permitted"),
         ("swiftkv_prefill_only_alone", "prefill_only needs a KV connector to hand prompts over"),
         ("swiftkv_bad_setting", "additional_config.suite.swiftkv.prefil_only: Extra inputs are not permitted"),
         (
@@ -207,7 +207,18 @@ def test_epd_prefill(result: Facts) -> None:
 
 def test_epd_any(result: Facts) -> None:
     assert (result["ec_role"], result["manager"]) == ("ec_both", MANAGER)
-    assert result["scheduler"] == "vllm_suite.compat.encode_only.make_scheduler"
+    assert result["scheduler"] == "vllm_suite.compat.scheduler.make_scheduler"
+
+
+def test_dler_and_all_others(result: Facts) -> None:
+    assert result["scheduler"] == "vllm_suite.compat.scheduler.make_scheduler"
+    assert (result["ec_connector"], result["connector"]) == ("SuiteECConnector", "SuiteNixlConnector")
+    assert "dler, kappa 0.02 s/token" in result["lines"][0]
+
+
+def test_dler_keeps_yours(result: Facts) -> None:
+    assert result["scheduler"] == "vllm.v1.core.sched.scheduler.Scheduler"
+    assert "kept your --scheduler-cls" in result["lines"][0]
 
 
 @pytest.mark.parametrize("scenario", ["epd_alone", "epd_alone_in_yaml", "epd_alone_by_environment"])

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_suite.catalog import PLUGINS, NotLanded, SelectionError, UnknownPlugin, landed_names, parse_selection
+from vllm_suite.catalog import (
+    PLUGINS,
+    NotLanded,
+    PluginInfo,
+    SelectionError,
+    UnknownPlugin,
+    landed_names,
+    parse_selection,
+)
 
 WORD = st.text(alphabet="abcdefghijklmnopqrstuvwxyz_-", min_size=1, max_size=12)
 
@@ -35,9 +43,9 @@ def test_an_unknown_name_gets_the_list_of_known_ones(word: str) -> None:
     assert all(name in str(caught.value) for name in PLUGINS)
 
 
-@pytest.mark.parametrize("name", [name for name, plugin in PLUGINS.items() if not plugin.landed])
-def test_a_plugin_that_has_not_landed_says_so(name: str) -> None:
+def test_a_plugin_that_has_not_landed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLUGINS, "later", PluginInfo("later", "vllm_later", "not written yet"))
     with pytest.raises(NotLanded, match="has not landed") as caught:
-        parse_selection(name)
+        parse_selection("later")
     assert "disagg" in str(caught.value)
     assert isinstance(caught.value, SelectionError)

@@ -50,7 +50,9 @@ def test_disagg_can_work_here_and_the_result_is_machine_readable(tmp_path: Path)
     plugins = {plugin["plugin"]: plugin for plugin in result["plugins"]}
     assert list(plugins) == list(PLUGINS)
     assert plugins["disagg"]["usable"]
-    assert plugins["dler"]["reasons"] == ["not landed in this release"]
+    assert plugins["dler"]["usable"], plugins["dler"]
+    assert plugins["dler"]["parts"]["settings"].startswith("additional_config.suite.dler: kappa=0.02, ")
+    assert plugins["dler"]["parts"]["gate"].startswith("off: ")
     assert plugins["epd"]["usable"], plugins["epd"]
     assert plugins["epd"]["parts"]["transfer"].startswith("NIXL ")
     assert all(plugins["epd"]["parts"][kind].startswith("on: ") for kind in ("images", "video", "audio"))
@@ -84,7 +86,7 @@ def test_what_cannot_be_had_makes_the_exit_status_1() -> None:
     assert f"fail  port {port}: Address already in use" in done.stdout
     assert "fail  VLLM_PLUGINS: is set without vllm_suite" in done.stdout
     assert "fail  role: VLLM_SUITE_ROLE='x' is not a role" in done.stdout
-    assert "fail  plugin dler: not landed" in done.stdout
+    assert "fail  plugin dler: VLLM_PLUGINS: is set without" in done.stdout
     assert "fail  plugin disagg: " in done.stdout
 
 

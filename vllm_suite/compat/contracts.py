@@ -72,13 +72,22 @@ def table() -> tuple[Contract, ...]:
     from vllm_suite.compat import (
         contract_core,
         contract_disagg,
+        contract_dler,
         contract_encode,
         contract_epd,
         contract_models,
         contract_swiftkv,
     )
 
-    modules = (contract_core, contract_disagg, contract_encode, contract_epd, contract_models, contract_swiftkv)
+    modules = (
+        contract_core,
+        contract_disagg,
+        contract_dler,
+        contract_encode,
+        contract_epd,
+        contract_models,
+        contract_swiftkv,
+    )
     return tuple(row for module in modules for row in module.ROWS)
 
 

@@ -50,7 +50,10 @@ def asks_to_encode_only(request: Any) -> bool:
 
 
 class EncodeOnlyScheduler(Scheduler):
-    """vLLM's scheduler with encode-only requests. Every method calls super(), so other mix-ins go beside it."""
+    """vLLM's scheduler with encode-only requests. Every method calls super(), so other mix-ins go beside it.
+
+    `vllm_suite.compat.scheduler` makes it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -176,10 +179,3 @@ class EncodeOnlyScheduler(Scheduler):
 
 class EncodeOnlyAsyncScheduler(EncodeOnlyScheduler, AsyncScheduler):
     """The same over vLLM's scheduler that runs a step ahead."""
-
-
-def make_scheduler(*, vllm_config: Any, **kwargs: Any) -> EncodeOnlyScheduler:
-    """For ``--scheduler-cls``: the class that goes with the kind of scheduling vLLM has chosen."""
-    ahead = vllm_config.scheduler_config.async_scheduling
-    chosen = EncodeOnlyAsyncScheduler if ahead else EncodeOnlyScheduler
-    return chosen(vllm_config=vllm_config, **kwargs)

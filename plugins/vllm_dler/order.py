@@ -1,0 +1,95 @@
+"""The order of requests: a key that is fixed on arrival and can only fall.
+
+``key = arrival + kappa * S`` seconds, where ``S`` is the size of a request in generated tokens: its expected output,
+and its prompt that is not cached at ``prefill_weight`` each. It is the earliest deadline first with slack in
+proportion to size: kappa 0 is first come, first served, a large kappa is shortest expected first.
+
+A request that arrived more than ``kappa * S`` seconds after another of size ``S`` cannot overtake it: its own key is
+at least its arrival, and the other's is at most ``arrival + kappa * S`` and never rises. Where nothing is known of
+any length, ``S`` is 0 and the order is that of arrival.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_dler.groups import Group
+
+Rank = tuple[int, float, float, int]
+"""User's priority, key, place within a group, number of arrival; the smallest goes first."""
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """What is known of one request from its arrival to its end.
+
+    Attributes:
+        arrival: seconds, on the scheduler's clock; never below that of a request that came before.
+        keys: classes for the length model, most specific first.
+        label: class in metrics.
+        cap: most tokens that it can generate.
+        uncached: prompt tokens to compute.
+        predicted: expected output when it arrived; None where nothing was known.
+        size: S of the estimate that gave ``key``.
+        key: smallest so far.
+        deadline: what the queue sorts by: ``key``, or that of its group.
+        spread: place within a group; smaller goes first.
+        base: output tokens when it last began to run.
+        admitted: when it first began to run.
+        cut: whether a cap of its class shortened it.
+    """
+
+    request: Any
+    seq: int
+    arrival: float
+    priority: int = 0
+    keys: tuple[str, ...] = ()
+    label: str = ""
+    cap: int = 1
+    uncached: int = 0
+    predicted: float | None = None
+    size: float = 0.0
+    key: float = math.inf
+    deadline: float = math.inf
+    spread: float = 0.0
+    base: int = 0
+    evictions: int = 0
+    admitted: float | None = None
+    cut: bool = False
+    group: Group | None = field(default=None, repr=False)
+
+    @property
+    def rank(self) -> Rank:
+        return (self.priority, self.deadline, self.spread, self.seq)
+
+    def lower(self, kappa: float, size: float) -> bool:
+        """Take a new estimate of the size; whether the key fell."""
+        key = self.arrival + kappa * size
+        if key >= self.key:
+            return False
+        self.key, self.size = key, size
+        if key < self.deadline:
+            self.deadline = key
+        return True
+
+
+class Arrivals:
+    """Times of arrival that never fall, so that their order is the order of coming."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+        self._count = 0
+
+    def next(self, stamped: float, now: float) -> tuple[int, float]:
+        """Number and time of the next request: when the front end ``stamped`` it, where that can be."""
+        self._last = max(self._last, min(stamped, now))
+        self._count += 1
+        return self._count, self._last
+
+
+def size_of(uncached: int, remaining: float | None, prefill_weight: float) -> float:
+    """S in generated tokens; 0 where nothing is known of the output."""
+    return 0.0 if remaining is None else prefill_weight * uncached + remaining
