@@ -5,11 +5,12 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 
-# 32 bins an octave: at most 3.2 % wide, and one for each length below 64.
-_SUB_BITS = 5
+# 16 bins an octave: at most 6.3 % wide, and one for each length below 32.
+_SUB_BITS = 4
 _EXACT = 2 << _SUB_BITS
-MAX_TOKENS = (1 << 24) - 1
-MAX_BINS = _EXACT + (24 - _SUB_BITS - 1 << _SUB_BITS)
+_MAX_BITS = 22
+MAX_TOKENS = (1 << _MAX_BITS) - 1
+MAX_BINS = _EXACT + ((_MAX_BITS - _SUB_BITS - 1) << _SUB_BITS)
 # Weights are kept relative to the newest one's, which grows; past this all are scaled down.
 _RESCALE = 1e60
 _NEGLIGIBLE = 1e-9
@@ -21,6 +22,15 @@ def bin_of(tokens: int) -> int:
         return tokens
     shift = tokens.bit_length() - _SUB_BITS - 1
     return (shift << _SUB_BITS) + (tokens >> shift)
+
+
+def edges(index: int) -> tuple[int, int]:
+    """Smallest and largest length that a bin holds."""
+    if index < _EXACT:
+        return index, index
+    shift = (index >> _SUB_BITS) - 1
+    low = (index - (shift << _SUB_BITS)) << shift
+    return low, low + (1 << shift) - 1
 
 
 class Sketch:
@@ -73,22 +83,54 @@ class Sketch:
         self.censored_sums = array("d", [self.censored_sums[at] * scale for at in kept])
         self.unit = 1.0
 
-    def entries(self) -> list[tuple[float, float, float]]:
-        """(tokens, exact weight, censored weight) in order of tokens, weights relative to a new observation's.
+    def absorb(self, other: Sketch, half_life_s: float | None) -> None:
+        """Add another's observations, the newest of each weighing the same but for the time between them.
+
+        The other is left as it is but for its unit. The order of the two does not matter.
+        """
+        last = max(self.last, other.last)
+        columns: dict[int, list[float]] = {}
+        for one in (self, other):
+            one.rescale()
+            faded = 2.0 ** -min((last - one.last) / half_life_s, 1000.0) if half_life_s and one.bins else 1.0
+            for index, *values in zip(
+                one.bins, one.exact, one.exact_sums, one.censored, one.censored_sums, strict=True
+            ):
+                held = columns.setdefault(index, [0.0] * 4)
+                for column, value in enumerate(values):
+                    held[column] += value * faded
+        ordered = sorted(columns.items())
+        self.bins = array("H", [index for index, _ in ordered])
+        self.exact, self.exact_sums, self.censored, self.censored_sums = (
+            array("d", [values[column] for _, values in ordered]) for column in range(4)
+        )
+        self.count += other.count
+        self.last = last
+
+    def entries(self) -> tuple[list[float], list[float], list[float]]:
+        """Tokens in ascending order, exact and censored weight at each, relative to a new observation's.
 
         The exact and the censored observations of a bin stand at their own means; of equal ones the exact come first.
         """
-        out: list[tuple[float, float, float]] = []
+        at: list[float] = []
+        ended: list[float] = []
+        cut: list[float] = []
         scale = 1.0 / self.unit
         for exact, exact_sum, censored, censored_sum in zip(
             self.exact, self.exact_sums, self.censored, self.censored_sums, strict=True
         ):
-            first = (exact_sum / exact, exact * scale, 0.0) if exact else None
-            second = (censored_sum / censored, 0.0, censored * scale) if censored else None
-            if first and second and second[0] < first[0]:
-                first, second = second, first
-            if first:
-                out.append(first)
-            if second:
-                out.append(second)
-        return out
+            if not censored:
+                at.append(exact_sum / exact)
+                ended.append(exact * scale)
+                cut.append(0.0)
+            elif not exact:
+                at.append(censored_sum / censored)
+                ended.append(0.0)
+                cut.append(censored * scale)
+            else:
+                first, second = exact_sum / exact, censored_sum / censored
+                late = second < first
+                at += (second, first) if late else (first, second)
+                ended += (0.0, exact * scale) if late else (exact * scale, 0.0)
+                cut += (censored * scale, 0.0) if late else (0.0, censored * scale)
+        return at, ended, cut

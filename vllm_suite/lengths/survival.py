@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+from math import log
 
 
 class Survival:
@@ -13,34 +16,30 @@ class Survival:
     factor ``1 - d/n``. What is censored at t counts among those that reached it.
     """
 
-    __slots__ = ("after", "area", "at", "last", "weight")
+    __slots__ = ("_logs", "after", "area", "at", "last", "weight")
 
-    def __init__(self, entries: Sequence[tuple[float, float, float]]) -> None:
-        """`entries` as `Sketch.entries` gives them; at least one."""
-        at = [0.0]
-        after = [1.0]
-        area = [0.0]
-        beyond = [0.0] * (len(entries) + 1)
-        for index in range(len(entries) - 1, -1, -1):
-            beyond[index] = beyond[index + 1] + entries[index][1] + entries[index][2]
-        survival = 1.0
-        total = 0.0
-        previous = 0.0
-        for index, (tokens, exact, _) in enumerate(entries):
+    def __init__(self, at: Sequence[float], exact: Sequence[float], censored: Sequence[float]) -> None:
+        """Lengths in ascending order with the weights of what ended and of what was cut off there; at least one."""
+        weights = [one + other for one, other in zip(exact, censored, strict=True)]
+        beyond = list(accumulate(reversed(weights), initial=0.0))
+        beyond.reverse()  # beyond[i]: of the observations from the i-th length on
+        after, area = [1.0], [0.0]
+        survival, total, previous = 1.0, 0.0, 0.0
+        for tokens, ended, reached in zip(at, exact, beyond, strict=False):
             total += survival * (tokens - previous)
             previous = tokens
-            if exact:
-                # The last of all leaves nothing, whatever the rounding.
-                left = beyond[index] - exact
-                survival = survival * (left / beyond[index]) if left > 1e-12 * beyond[index] else 0.0
-            at.append(tokens)
+            if ended:
+                # What is cut off here has got further; of the last nothing is left, whatever the rounding.
+                share = 1.0 - ended / reached
+                survival *= share if share > 1e-12 else 0.0
             after.append(survival)
             area.append(total)
-        self.at = at
-        self.after = after
-        self.area = area
-        self.weight = beyond  # weight[i]: of observations longer than at[i]
+        self.at = array("d", (0.0, *at))
+        self.after = array("d", after)
+        self.area = array("d", area)
+        self.weight = array("d", beyond)  # weight[i]: of observations longer than at[i]
         self.last = previous
+        self._logs: tuple[float, float] | None = None
 
     def past(self, tokens: float) -> float:
         """Weight of the observations longer than `tokens`."""
@@ -54,3 +53,25 @@ class Survival:
         """``E[min(L, tokens)]``, the area under S up to there; S held constant past the largest observation."""
         index = bisect_right(self.at, tokens) - 1
         return self.area[index] + self.after[index] * (tokens - self.at[index])
+
+    def log_moments(self, excess: float) -> tuple[float, float]:
+        """First and second moment of the log length.
+
+        What survives the largest observation exceeds it by an exponential variable of mean `excess` on the log scale.
+        Computed once: `excess` is the same at each call.
+        """
+        if self._logs is None:
+            first = second = 0.0
+            previous = 1.0
+            for tokens, left in zip(self.at, self.after, strict=True):
+                if left < previous:
+                    value = log(max(tokens, 1.0))
+                    first += (previous - left) * value
+                    second += (previous - left) * value * value
+                    previous = left
+            if previous > 0.0:
+                value = log(max(self.last, 1.0))
+                first += previous * (value + excess)
+                second += previous * (value * value + 2.0 * value * excess + 2.0 * excess * excess)
+            self._logs = (first, second)
+        return self._logs
