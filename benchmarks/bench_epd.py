@@ -37,7 +37,9 @@ from epd_fleet import KINDS, Systems, encoders_of, idle_cores, systems
 from svg_plot import Panel, write_svg
 
 from vllm_suite.fleet.demo_epd_report import settled
-from vllm_suite.fleet.demo_epd_spec import SERVED_NAME, TOWER, picture_request
+from vllm_suite.fleet.demo_epd_spec import TOWER
+from vllm_suite.fleet.demo_pictures import picture_request
+from vllm_suite.fleet.demo_spec import SERVED_NAME
 from vllm_suite.fleet.pictures_parts import image_part
 from vllm_suite.fleet.replay import Answer, Request, send
 

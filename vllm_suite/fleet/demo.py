@@ -1,4 +1,4 @@
-"""`vllm-suite demo`: a real trace on a prefill and a decode engine, then on one engine, token by token equal."""
+"""`vllm-suite demo`: a real trace and pictures on a prefill and a decode engine, then on one; every token is equal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_suite.fleet.console import Console
+from vllm_suite.fleet.demo_pictures import demo_requests, pictures_of, takes_pictures
 from vllm_suite.fleet.demo_run import DemoFailed, Laps, carry_out
-from vllm_suite.fleet.demo_spec import SERVED_NAME, DemoOptions, demo_fleet, prompt_ids, single_engine
+from vllm_suite.fleet.demo_spec import SERVED_NAME, TINY, DemoOptions, demo_fleet, prompt_ids, single_engine
 from vllm_suite.fleet.keys import FleetKeys
 from vllm_suite.fleet.launch import Launch
 from vllm_suite.fleet.process import ask
 from vllm_suite.fleet.prompts import Prompt, Scale, build_prompts, fit
-from vllm_suite.fleet.replay import Answer, Settings, replay
+from vllm_suite.fleet.replay import Answer, Request, Settings, prepared, send
 from vllm_suite.fleet.report import Moved, make_report, print_report
 from vllm_suite.fleet.scrape import scrape
 from vllm_suite.fleet.supervisor import Supervisor, supervise
-from vllm_suite.fleet.tiny import make_tiny_model
+from vllm_suite.fleet.tiny_media import MediaConfig, make_tiny_media
 from vllm_suite.fleet.traces import Trace, TraceError, load_trace
 from vllm_suite.router.config import Auth
 
@@ -32,10 +33,13 @@ _WARM_UP_TOKENS = 200
 
 @dataclass(frozen=True)
 class _Workload:
-    prompts: list[Prompt]
+    """All requests in order, those of the trace first; `warm_up` are not counted."""
+
+    requests: list[Request]
+    pictures: list[Request]
     scale: Scale
-    settings: Settings
-    warm_up: list[Prompt]
+    warm_up: list[Request]
+    max_tokens: int
     keys: FleetKeys
 
 
@@ -60,7 +64,8 @@ def run(options: DemoOptions, json_file: Path, argv: list[str]) -> int:
 async def _run(options: DemoOptions, trace: Trace) -> dict[str, Any]:
     laps = Laps()
     with Console() as console:
-        model = options.model or str(make_tiny_model(options.folder / "tiny-model"))
+        config = MediaConfig("qwen2_5_vl", seed=options.seed, **TINY)
+        model = options.model or str(make_tiny_media(options.folder / "tiny-qwen2.5-vl", config))
         fleet = demo_fleet(options, model)
         laps.lap("model")
         console.say(f"starting 1 prefill, 1 decode and the router on {model}; logs in {fleet.local.log_dir}")
@@ -68,8 +73,10 @@ async def _run(options: DemoOptions, trace: Trace) -> dict[str, Any]:
             console.watch(supervisor.processes)
             await supervisor.start()
             laps.lap("fleet_start")
-            work = await _workload(options, trace, supervisor)
-            console.say(f"replaying {len(work.prompts)} requests of {trace.name} through the router")
+            work = await _workload(options, trace, model, supervisor)
+            also = f" and {len(work.pictures)} with pictures" if work.pictures else ""
+            count = len(work.requests) - len(work.pictures)
+            console.say(f"replaying {count} requests of {trace.name}{also} through the router")
             answers, moved = await _on_fleet(supervisor, work)
             laps.lap("fleet_replay")
         laps.lap("fleet_stop")
@@ -95,11 +102,12 @@ async def _run(options: DemoOptions, trace: Trace) -> dict[str, Any]:
         "wall_seconds": laps.total(),
         "commands": [p.launch.shell() for p in supervisor.processes] + [launch.shell() for launch in launches],
     }
-    return make_report(answers, expected, moved, facts)
+    shown = {request.index: pictures_of([request]) for request in work.pictures}
+    return make_report(answers, expected, moved, facts, shown)
 
 
-async def _workload(options: DemoOptions, trace: Trace, supervisor: Supervisor) -> _Workload:
-    """Prompts that fit the window that the instances say they have."""
+async def _workload(options: DemoOptions, trace: Trace, model: str, supervisor: Supervisor) -> _Workload:
+    """Prompts that fit the window that the instances say they have, and pictures where the model takes them."""
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
@@ -115,11 +123,16 @@ async def _workload(options: DemoOptions, trace: Trace, supervisor: Supervisor) 
         longest = min(longest, 1500)
     ids = prompt_ids(options)
     scale = fit(trace, longest, options.duration_s)
-    warm_up = [Prompt(-1, 0.0, tuple(ids[7 * i % len(ids)] for i in range(min(_WARM_UP_TOKENS, longest))))]
     settings = Settings(model=SERVED_NAME, max_tokens=options.max_tokens)
-    return _Workload(
-        build_prompts(trace, scale, ids, options.seed), scale, settings, warm_up, FleetKeys.resolve(Auth())
+    requests = prepared(build_prompts(trace, scale, ids, options.seed), settings)
+    warm_up = prepared(
+        [Prompt(-1, 0.0, tuple(ids[7 * i % len(ids)] for i in range(min(_WARM_UP_TOKENS, longest))))], settings
     )
+    pictures: list[Request] = []
+    if takes_pictures(model):
+        pictures = demo_requests(options.max_tokens, len(requests), options.duration_s, options.seed)
+        warm_up += demo_requests(options.max_tokens, -len(pictures) - 1, 0.0, options.seed + 1000)
+    return _Workload([*requests, *pictures], pictures, scale, warm_up, options.max_tokens, FleetKeys.resolve(Auth()))
 
 
 async def _on_fleet(supervisor: Supervisor, work: _Workload) -> tuple[list[Answer], Moved]:
@@ -129,20 +142,20 @@ async def _on_fleet(supervisor: Supervisor, work: _Workload) -> tuple[list[Answe
     async with aiohttp.ClientSession() as session:
         await _warm_up(router.url, work, work.keys.client)
         before = await _moved(session, supervisor, work.keys)
-        answers = await replay(router.url, work.prompts, work.settings, key=work.keys.client)
+        answers = await send(router.url, work.requests, work.max_tokens, key=work.keys.client)
         return answers, (await _moved(session, supervisor, work.keys)).since(before)
 
 
 async def _on_single(url: str, work: _Workload) -> list[Answer]:
     await _warm_up(url, work, work.keys.upstream)
-    return await replay(url, work.prompts, work.settings, key=work.keys.upstream)
+    return await send(url, work.requests, work.max_tokens, key=work.keys.upstream)
 
 
 async def _warm_up(url: str, work: _Workload, key: str | None) -> None:
-    """One request that is not counted: first use of kernels, and of the connection between the instances."""
-    for answer in await replay(url, work.warm_up, work.settings, key=key):
+    """Requests that are not counted: first use of kernels, and of the connection between the instances."""
+    for answer in await send(url, work.warm_up, work.max_tokens, key=key):
         if answer.error:
-            raise DemoFailed(f"the first request failed: {answer.error}")
+            raise DemoFailed(f"a first request failed: {answer.error}")
 
 
 async def _moved(session: aiohttp.ClientSession, supervisor: Supervisor, keys: FleetKeys) -> Moved:

@@ -16,10 +16,10 @@ from vllm_suite.fleet.demo_epd_spec import (
     EpdOptions,
     Workload,
     epd_fleet,
-    pictures_of,
     router_over,
     workload,
 )
+from vllm_suite.fleet.demo_pictures import pictures_of
 from vllm_suite.fleet.demo_run import DemoFailed, Laps, carry_out
 from vllm_suite.fleet.demo_spec import single_engine
 from vllm_suite.fleet.keys import FleetKeys

@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_suite.fleet.demo_spec import free_ports
+from vllm_suite.fleet.demo_pictures import picture_request
+from vllm_suite.fleet.demo_spec import SERVED_NAME, free_ports
 from vllm_suite.fleet.launch import Launch, plan_router, router_config
 from vllm_suite.fleet.pictures import SIZES
-from vllm_suite.fleet.pictures_parts import Part, image_part, text_part, user_message
-from vllm_suite.fleet.replay import Request, greedy
+from vllm_suite.fleet.pictures_parts import Part, image_part
+from vllm_suite.fleet.replay import Request
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.supervisor import write_atomically
 
-SERVED_NAME = "demo"
 ENCODERS = 2
 # A slow tower beside a small language model: encoding is most of a request, as with large pictures on a real one.
 TOWER = {"vision_layers": 12, "vision_hidden": 512}
 _MAX_MODEL_LEN = 4096
 _CPU_KV_CACHE = "256MiB"
 _TIMED_SIZE = (336, 336)
-_WORDS = ("what", "is", "in", "this", "and", "where", "how", "many", "red", "lines", "left", "of", "it", "then")
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,6 @@ class Workload:
         return Request(index, 0.0, self.timed.path, {**self.timed.body, "cache_salt": salt})
 
 
-def pictures_of(requests: Sequence[Request]) -> int:
-    """Media parts in the requests."""
-    return sum(
-        part["type"] != "text"
-        for request in requests
-        for message in request.body["messages"]
-        for part in message["content"]
-    )
-
-
 def workload(options: EpdOptions) -> Workload:
     """Pictures of every size alone, several at once, text alone; then the same pictures in other requests."""
     draw = random.Random(options.seed)
@@ -122,20 +111,3 @@ def workload(options: EpdOptions) -> Workload:
     repeated = [picture_request(options.max_tokens, len(mixed) + i, parts, draw) for i, parts in enumerate(again)]
     fresh = [image_part(*_TIMED_SIZE, options.seed + 1000 + i) for i in range(options.pictures)]
     return Workload(mixed, repeated, picture_request(options.max_tokens, -1, fresh, draw), options.rounds)
-
-
-def picture_request(max_tokens: int, index: int, pictures: Sequence[Part], draw: random.Random) -> Request:
-    """Words before, between and after the pictures, so that a swapped pair or a shifted place shows."""
-    parts = [text_part(_words(draw))]
-    for picture in pictures:
-        parts += [picture, text_part(_words(draw))]
-    body = {
-        **greedy(SERVED_NAME),
-        "messages": user_message(parts),
-        "max_completion_tokens": max_tokens,
-    }
-    return Request(index, 0.25 * max(0, index), "/v1/chat/completions", body)
-
-
-def _words(draw: random.Random) -> str:
-    return " ".join(draw.choices(_WORDS, k=draw.randint(2, 9)))

@@ -15,6 +15,10 @@ from vllm_suite.fleet.tiny_tokenizer import FIRST_TEXT_ID, RESERVED, VOCAB_SIZE
 
 _CPU_KV_CACHE = "256MiB"
 _TINY_MAX_MODEL_LEN = 2048
+# A language model of four layers, small enough for three engines on two cores; the encoder is cheap.
+TINY = {"text_layers": 4, "text_hidden": 256}
+# Start-up encodes the largest item that is allowed: without this a long film, half a minute on a busy core.
+_TINY_MEDIA = {"image": {"count": 2, "width": 336, "height": 336}, "video": 0}
 SERVED_NAME = "demo"
 
 
@@ -48,7 +52,7 @@ def demo_fleet(options: DemoOptions, model: str) -> FleetSpec:
         # In bfloat16 two logits are often exactly equal, and which one wins depends on the batch.
         engine |= {"dtype": "float32", "max_num_seqs": 8}
     if options.model is None:
-        engine |= {"dtype": "float32", "max_model_len": _TINY_MAX_MODEL_LEN}
+        engine |= {"dtype": "float32", "max_model_len": _TINY_MAX_MODEL_LEN, "limit_mm_per_prompt": _TINY_MEDIA}
         env["HF_HUB_OFFLINE"] = "1"
         if not on_gpu:
             engine["kv_cache_memory_bytes"] = _CPU_KV_CACHE

@@ -57,6 +57,11 @@ class Request:
     body: Mapping[str, Any]
 
 
+def prepared(prompts: Sequence[Prompt], settings: Settings) -> list[Request]:
+    """The prompts as requests."""
+    return [Request(prompt.index, prompt.arrival_s, *request(prompt, settings)) for prompt in prompts]
+
+
 async def replay(
     base_url: str,
     prompts: Sequence[Prompt],
@@ -66,8 +71,7 @@ async def replay(
     on_done: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Send every prompt at its time and wait for all answers; as `send`."""
-    requests = [Request(prompt.index, prompt.arrival_s, *request(prompt, settings)) for prompt in prompts]
-    return await send(base_url, requests, settings.max_tokens, key=key, on_done=on_done)
+    return await send(base_url, prepared(prompts, settings), settings.max_tokens, key=key, on_done=on_done)
 
 
 async def send(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -24,6 +24,7 @@ class Moved:
     refused: dict[str, float] = field(default_factory=dict)
     recoveries: dict[str, float] = field(default_factory=dict)
     decisions: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def read(decode: Sequence[Samples], router: Samples) -> Moved:
@@ -35,6 +36,7 @@ class Moved:
             refused=_sum(samples.by("vllm_suite_kv_refused_total", "reason") for samples in decode),
             recoveries=router.by("vllm_suite_router_recoveries_total", "step"),
             decisions=router.by("vllm_suite_router_decisions_total", "reason"),
+            pictures=router.by("vllm_suite_router_encode_items_total", "outcome"),
         )
 
     def since(self, before: Moved) -> Moved:
@@ -46,24 +48,37 @@ class Moved:
             refused=_minus(self.refused, before.refused),
             recoveries=_minus(self.recoveries, before.recoveries),
             decisions=_minus(self.decisions, before.decisions),
+            pictures=_minus(self.pictures, before.pictures),
         )
 
 
 def make_report(
-    answers: Sequence[Answer], expected: Sequence[Answer], moved: Moved, facts: dict[str, Any]
+    answers: Sequence[Answer],
+    expected: Sequence[Answer],
+    moved: Moved,
+    facts: dict[str, Any],
+    shown: Mapping[int, int] | None = None,
 ) -> dict[str, Any]:
     """The report. `ok` is the demo's claim: every output identical, and KV blocks moved through NIXL.
 
-    `ttft_ms` and `tpot_ms` hold p50, p99 and mean for `disaggregated` and `single`; `facts` are added as given.
+    `shown` has the number of pictures of each request that has any; the claim is then also that prefill encoded every
+    one of them. `ttft_ms` and `tpot_ms` hold p50, p99 and mean for `disaggregated` and `single`; `facts` are added as
+    given.
     """
+    shown = shown or {}
     wrong = mismatches(answers, expected)
     fleet, single = times(answers), times(expected)
     return {
-        "ok": bool(answers) and not wrong and moved.transfers > 0 and moved.kv_bytes > 0,
+        "ok": bool(answers)
+        and not wrong
+        and moved.transfers > 0
+        and moved.kv_bytes > 0
+        and moved.pictures.get("local", 0) == sum(shown.values()),
         "requests": len(answers),
         "identical": len(answers) - len(wrong),
         "mismatched": len(wrong),
         "mismatches": wrong,
+        "pictures": _pictures(shown, answers, wrong, moved),
         "kv_bytes_moved": int(moved.kv_bytes),
         "nixl_transfers": int(moved.transfers),
         "recomputes": {"total": int(sum(moved.recomputes.values())), "by_reason": moved.recomputes},
@@ -75,6 +90,20 @@ def make_report(
         "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
         "output_tokens": sum(len(answer.token_ids) for answer in answers),
         **facts,
+    }
+
+
+def _pictures(
+    shown: Mapping[int, int], answers: Sequence[Answer], wrong: Sequence[Mapping[str, Any]], moved: Moved
+) -> dict[str, Any]:
+    if not shown:
+        return {"requests": 0, "left_out": "the model takes no pictures"}
+    return {
+        "requests": len(shown),
+        "pictures": sum(shown.values()),
+        "identical": len(shown) - sum(row["index"] in shown for row in wrong),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers if answer.index in shown),
+        "encoded_at_prefill": int(moved.pictures.get("local", 0)),
     }
 
 
@@ -98,12 +127,19 @@ def print_report(report: dict[str, Any], stream: TextIO) -> None:
 def _table(report: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    title = f"{report['requests']} requests of {report['trace']['name']}"
+    pictures = report["pictures"]
+    of_trace = report["requests"] - pictures["requests"]
+    title = f"{of_trace} requests of {report['trace']['name']}"
     table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("")
     table.add_column("prefill + decode", justify="right")
     table.add_column("one engine", justify="right")
     table.add_row("identical outputs", f"{report['identical']} of {report['requests']}", "")
+    if pictures["requests"]:
+        table.add_row("of those with pictures", f"{pictures['identical']} of {pictures['requests']}", "")
+        table.add_row("pictures encoded at prefill", f"{pictures['encoded_at_prefill']} of {pictures['pictures']}", "")
+    else:
+        table.add_row("of those with pictures", f"none: {pictures['left_out']}", "")
     for key, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
         for q in ("p50", "p99"):
             both = [report[key][side][q] for side in ("disaggregated", "single")]

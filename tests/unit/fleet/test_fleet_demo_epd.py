@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from vllm_suite.fleet.demo_epd_report import Counts, Phase, make_report, print_report
-from vllm_suite.fleet.demo_epd_spec import EpdOptions, epd_fleet, pictures_of, router_over, workload
+from vllm_suite.fleet.demo_epd_spec import EpdOptions, epd_fleet, router_over, workload
+from vllm_suite.fleet.demo_pictures import pictures_of
 from vllm_suite.fleet.launch import plan_instances
 from vllm_suite.fleet.replay import Answer
 from vllm_suite.fleet.scrape import parse

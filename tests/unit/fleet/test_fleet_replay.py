@@ -190,7 +190,31 @@ def test_the_report_is_ok_only_for_what_the_demo_claims(got: list[Answer], moved
     out = io.StringIO()
     print_report(report, out)
     assert f"{report['identical']} of {report['requests']}" in out.getvalue()
+    assert "none: the model takes no pictures" in out.getvalue()
     json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    ("got", "local", "ok"),
+    [
+        ([answer(0), answer(1), answer(2)], 3, True),
+        ([answer(0), answer(1), answer(2)], 2, False),
+        ([answer(0), answer(1), answer(2)], 4, False),
+        ([answer(0), answer(1), answer(2, (1, 2, 4))], 3, False),
+    ],
+)
+def test_every_picture_counts(got: list[Answer], local: int, ok: bool) -> None:
+    moved = Moved(kv_bytes=8, transfers=3, pictures={"local": local})
+    report = make_report(got, [answer(a.index) for a in got], moved, FACTS, {1: 1, 2: 2})
+    assert report["ok"] is ok
+    right = 2 - report["mismatched"]
+    assert report["pictures"] == {
+        "requests": 2, "pictures": 3, "identical": right, "prompt_tokens": 8, "encoded_at_prefill": local,
+    }  # fmt: skip
+    out = io.StringIO()
+    print_report(report, out)
+    assert "1 requests of" in out.getvalue()
+    assert f"{local} of 3" in out.getvalue()
 
 
 METRICS = """# TYPE vllm:nixl_bytes_transferred histogram
