@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_epd.memory_model import BYTES, KINDS, Gpu, Model, fits_window, from_config
 from vllm_epd.memory_paper import ASSUMPTIONS, RESOLUTIONS, SOURCE, Cell, cells, models
-from vllm_epd.memory_params import UnknownModel
+from vllm_suite.media.config import UnknownModel
 
 if TYPE_CHECKING:
     from rich.console import Console

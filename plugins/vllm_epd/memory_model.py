@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_epd import memory_params as params
-from vllm_epd import memory_tokens as tokens
+from vllm_suite.media import tokens, towers
+from vllm_suite.media.config import UnknownModel
+from vllm_suite.media.families import encoder_of, text_config
 
 Kind = Literal["monolithic", "encode", "prefill"]
 KINDS: tuple[Kind, ...] = ("monolithic", "encode", "prefill")
@@ -31,7 +33,7 @@ class Model:
     """
 
     name: str
-    tower: params.Tower
+    tower: towers.Tower
     language: params.Language
     image: tokens.Rule
     output_values: int
@@ -73,89 +75,11 @@ def from_config(config: Mapping[str, Any], name: str, pixels: tuple[int, int] | 
     Raises:
         UnknownModel: another family, or a config without a needed key.
     """
-    kind = params.model_type(config)
-    make = _FAMILIES.get(kind)
-    if make is None:
-        raise params.UnknownModel(f"model type {kind} is not known; known: {', '.join(sorted(_FAMILIES))}")
-    return make(config, name, pixels)
-
-
-def _qwen(config: Mapping[str, Any], name: str, pixels: tuple[int, int] | None) -> Model:
-    third = params.model_type(config) == "qwen3_vl"
-    # Files that transformers writes leave out what is the family's default.
-    usual = {"patch_size": 16 if third else 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    vision = {**usual, **params.section(config, "vision_config")}
-    # Older files hold the text model's keys at the top.
-    text = {**config, **config.get("text_config", {})}
-    text.setdefault("tie_word_embeddings", False)
-    out = params.number(vision, "out_hidden_size")
-    patch, merge = params.number(vision, "patch_size"), params.number(vision, "spatial_merge_size")
-    least, most = pixels or ((65_536, 16_777_216) if third else (3_136, 12_845_056))
-    layers = 1 + len(vision.get("deepstack_visual_indexes", ()))
-    return Model(
-        name,
-        params.qwen_tower(vision, out),
-        params.language(text),
-        tokens.qwen(patch, merge, least, most),
-        out * layers,
-    )
-
-
-def _intern(config: Mapping[str, Any], name: str, pixels: tuple[int, int] | None) -> Model:
-    vision = params.section(config, "vision_config")
-    text = params.language(_tied(config, params.section(config, "llm_config", "text_config")))
-    merge = round(1 / float(config.get("downsample_ratio", 0.5)))
-    tower = params.intern_tower(vision, text.hidden, merge)
-    size, patch = params.side(vision.get("image_size")), params.side(vision.get("patch_size"))
-    grid = (size // patch) ** 2
-    most = params.number({"max_dynamic_patch": 12, **config}, "max_dynamic_patch")
-    rule = tokens.intern(size, 1 + grid, grid // merge**2, most)
-    return Model(name, tower, text, rule, text.hidden, tile_rows=grid // merge**2)
-
-
-def _minicpm(config: Mapping[str, Any], name: str, pixels: tuple[int, int] | None) -> Model:
-    vision, slices = params.section(config, "vision_config"), params.section(config, "slice_config")
-    text = params.language(config)
-    rows, inner = params.number(config, "query_num"), params.number(vision, "hidden_size")
-    # The resampler: queries attend to the patches, norms on both sides, and one more product.
-    resampler = rows * text.hidden + params.linear(inner, text.hidden, bias=False)
-    resampler += params.linear(text.hidden, 3 * text.hidden) + params.linear(text.hidden, text.hidden)
-    resampler += 6 * text.hidden + text.hidden**2
-    size, patch = params.number(slices, "scale_resolution"), params.number(vision, "patch_size")
-    rule = tokens.minicpm(size, patch, rows, params.number(slices, "max_slice_nums"))
-    return Model(name, params.siglip_tower(vision, resampler), text, rule, text.hidden, tile_rows=rows)
-
-
-def _llava(config: Mapping[str, Any], name: str, pixels: tuple[int, int] | None) -> Model:
-    vision = params.section(config, "vision_config")
-    text = params.language(_tied(config, params.section(config, "text_config")))
-    projector = params.linear(params.number(vision, "hidden_size"), text.hidden)
-    projector += params.linear(text.hidden, text.hidden)
-    size, patch = params.side(vision.get("image_size")), params.side(vision.get("patch_size"))
-    make = params.siglip_tower if params.model_type(vision).startswith("siglip") else params.clip_tower
-    grid = (size // patch) ** 2
-    rule = tokens.fixed(grid + (make is params.clip_tower), grid)
-    if params.model_type(config) == "llava_onevision":
-        projector += text.hidden  # the token that ends a row
-        most = int(str(config.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_"))
-        rule = tokens.anyres(config.get("image_grid_pinpoints", ()), size, patch, most)
-    return Model(name, make(vision, projector), text, rule, text.hidden, tile_rows=grid)
-
-
-def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    return {**text, "tie_word_embeddings": tied}
-
-
-_FAMILIES = {
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
-    "internvl": _intern,
-    "internvl_chat": _intern,
-    "minicpmv": _minicpm,
-    "llava": _llava,
-    "llava_onevision": _llava,
-}
+    text = params.language(text_config(config))
+    encoder = encoder_of(config, pixels)
+    if encoder.image is None:
+        raise UnknownModel(f"{name} takes no images")
+    return Model(name, encoder.tower, text, encoder.image, encoder.output_values, tile_rows=encoder.tile_rows)
 
 
 @dataclass(frozen=True)

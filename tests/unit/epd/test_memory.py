@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_epd import memory_tokens as tokens
 from vllm_epd.memory_model import Gpu, fits_window, from_config
 from vllm_epd.memory_paper import CONFIGS, RESOLUTIONS, SAVED, TABLE_2, TABLE_3, TABLE_8, cells, models
-from vllm_epd.memory_params import UnknownModel
 from vllm_suite.cli.main import main
+from vllm_suite.media import tokens
+from vllm_suite.media.config import UnknownModel
 
 TEXT = {
     "hidden_size": 64,
@@ -175,7 +175,7 @@ def test_more_memory_never_holds_less() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "bert"}, "model type bert is not known; known: internvl"),
+        ({"model_type": "bert"}, "model type bert is not known; known: gemma3, internvl"),
         ({"llm_config": {"model_type": "qwen3_moe"}}, "mixtures of experts are not"),
         ({"vision_config": {}}, "the config has no hidden_size"),
         ({"vision_config": 3}, "the config has no vision_config"),

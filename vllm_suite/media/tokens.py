@@ -1,4 +1,4 @@
-"""Tokens, tiles and patches of one image at a resolution, by the rules of each family's image processor."""
+"""Tokens, tiles and patches of one item, by the rules of each family's image or sound processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ImageCost:
-    """What one image is to the encoder and to the language model.
+    """What one item is to the encoder and to the language model.
 
     Attributes:
         tiles: pieces that are encoded independently of each other.
@@ -31,6 +31,9 @@ class ImageCost:
 
 Rule = Callable[[int, int], ImageCost]
 """Width and height in pixels to the cost."""
+
+SoundRule = Callable[[float], ImageCost]
+"""Seconds of sound to the cost; its patches are positions of the encoder."""
 
 
 def qwen(patch: int, merge: int, least: int, most: int) -> Rule:
@@ -93,11 +96,11 @@ def minicpm(size: int, patch: int, tokens: int, most: int) -> Rule:
     return rule
 
 
-def fixed(patches: int, tokens: int) -> Rule:
+def fixed(patches: int, tokens: int, extra: int = 0) -> Rule:
     """One square, whatever the image."""
 
     def rule(width: int, height: int) -> ImageCost:
-        return ImageCost(tiles=1, patches=patches, tokens=tokens, extra=0)
+        return ImageCost(tiles=1, patches=patches, tokens=tokens, extra=extra)
 
     return rule
 
@@ -126,5 +129,17 @@ def anyres(grids: Sequence[Sequence[int]], size: int, patch: int, most: int) -> 
         # Each row ends with a token of its own.
         tokens = h * w + h + width_in_patches**2
         return ImageCost(tiles=1 + down * across, patches=width_in_patches**2, tokens=tokens, extra=0)
+
+    return rule
+
+
+def whisper(positions: int, pool: int, piece: float = 30.0) -> SoundRule:
+    """Sound in pieces of 30 s, each padded to its end for the encoder; padding gives no tokens. `pool` joins rows."""
+
+    def rule(seconds: float) -> ImageCost:
+        pieces = max(1, math.ceil(seconds / piece))
+        # A position is two mel frames of 10 ms.
+        used = min(pieces * positions, math.ceil(seconds * positions / piece))
+        return ImageCost(tiles=pieces, patches=positions, tokens=max(1, used // pool), extra=2)
 
     return rule
