@@ -67,8 +67,8 @@ def _cuts(read: Read, sizes: Mapping[str, int], keep: float, lower_bits: int) ->
         for piece in read(name):
             _count(piece.bits >> low, upper)
             zeros += piece.bits.size - int(np.count_nonzero(piece.bits))
-        upper[0] -= zeros
         changed[name] = sizes[name] - zeros
+    # Zeros are counted too: below everything, they change nothing where more than K updates are none.
     k = quota(keep, sum(sizes.values()))
     if sum(changed.values()) <= k:
         return {name: Cut(0, 0, changed[name], changed[name]) for name in names}
@@ -84,7 +84,7 @@ def _cuts(read: Read, sizes: Mapping[str, int], keep: float, lower_bits: int) ->
         for piece in read(name):
             high = piece.bits >> low
             above[name] += int(np.count_nonzero(high > shared))
-            inside = piece.bits[(high == shared) & (piece.bits != 0)]
+            inside = piece.bits[high == shared]
             if inside.size:
                 _count(inside & mask, counts.setdefault(name, np.zeros_like(lower)))
         if name in counts:
