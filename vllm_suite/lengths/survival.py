@@ -29,9 +29,7 @@ class Survival:
             total += survival * (tokens - previous)
             previous = tokens
             if ended:
-                # What is cut off here has got further; of the last nothing is left, whatever the rounding.
-                share = 1.0 - ended / reached
-                survival *= share if share > 1e-12 else 0.0
+                survival *= 1.0 - ended / reached
             after.append(survival)
             area.append(total)
         self.at = array("d", (0.0, *at))

@@ -22,6 +22,7 @@ from vllm_suite.router.guard import Watchdog
 from vllm_suite.router.headers import REQUEST_ID
 from vllm_suite.router.intake import make_job, read_body
 from vllm_suite.router.job import Job
+from vllm_suite.router.lengths import OutputLengths
 from vllm_suite.router.members import Pool
 from vllm_suite.router.membership import Membership
 from vllm_suite.router.metrics import Live, RouterMetrics
@@ -74,7 +75,10 @@ class Router:
                 config.disaggregation.history_chunks,
             )
             encode = EncodeStage(config, self.pool, membership, session, self.metrics, self.live, self._fleet_key)
-            self._chain = Chain(config, self.pool, membership, session, self.metrics, self.live, encode)
+            lengths = OutputLengths(config.lengths, self.metrics) if config.lengths.learn else None
+            if lengths is not None:
+                lengths.load()
+            self._chain = Chain(config, self.pool, membership, session, self.metrics, self.live, encode, lengths)
             self._session = session
             await membership.start()
             try:
@@ -82,6 +86,8 @@ class Router:
             finally:
                 await membership.stop()
                 await encode.close()
+                if lengths is not None:
+                    lengths.save()
                 self.watchdog.stop()
 
     # Drain

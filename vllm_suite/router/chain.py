@@ -17,6 +17,7 @@ from vllm_suite.router.encode.refusal import MediaRefused
 from vllm_suite.router.encode.stage import EncodeStage
 from vllm_suite.router.errors import StageTimeout, UpstreamFailure, error_response
 from vllm_suite.router.job import Job
+from vllm_suite.router.lengths import OutputLengths
 from vllm_suite.router.members import Member, Pool, pick
 from vllm_suite.router.membership import Membership
 from vllm_suite.router.metrics import Live, RouterMetrics
@@ -37,6 +38,7 @@ class Chain:
         metrics: RouterMetrics,
         live: Live,
         encode: EncodeStage,
+        lengths: OutputLengths | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -46,6 +48,7 @@ class Chain:
         self._encode = encode
         policies = config.policies
         self._policy = make_policy(policies.decode, policies)
+        self._lengths = lengths
         self._blame = Blame(membership, metrics)
         self._prefill = Prefill(config, pool, session, metrics, live, self._blame)
         self._wants_prefix = "prefix_hash" in (policies.prefill, policies.decode)
@@ -113,7 +116,12 @@ class Chain:
         config, metrics = self._config, self._metrics
         job.stage = "decode"
         media = job.media
-        tokens = job.tokens + job.prompt.output_tokens
+        lengths, prompt = self._lengths, job.prompt
+        keys = lengths.keys(prompt) if lengths is not None else ()
+        output_tokens = prompt.output_tokens
+        if lengths is not None:
+            output_tokens = lengths.expected(prompt, keys, first.state.max_model_len)
+        tokens = job.tokens + output_tokens
         excluded: set[Member] = set()
         member: Member | None = first if first.ready else await self._pick_decode(job, excluded, wait=True)
         failure: Failure = UpstreamFailure("no_instance", "no decode instance is ready", status=503)
@@ -147,6 +155,8 @@ class Chain:
             finally:
                 member.discharge(tokens)
                 if answer is not None:
+                    if lengths is not None:
+                        lengths.ended(keys, answer)
                     answer.response.close()
             kind = kind_of(failure)
             if kind == "total":

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from vllm_suite.lengths import LengthSettings
 from vllm_suite.router.encode.config import Encode
 from vllm_suite.router.settings import Bytes, Count, Seconds
 from vllm_suite.router.settings import Settings as _Settings
@@ -100,6 +101,23 @@ class Policies(_Settings):
     )
 
 
+class OutputLengths(_Settings):
+    """Whether outstanding tokens are counted with the output that is expected rather than allowed."""
+
+    learn: bool = Field(
+        default=False,
+        description="learn output lengths from the answers, by class, user, kind of request and model, and count an "
+        "outstanding request with what it is expected to generate; otherwise with its max_tokens, or 256",
+    )
+    class_field: str = Field(
+        default="dler_class", min_length=1, description="field of a request's vllm_xargs that names its class"
+    )
+    state_file: Path | None = Field(
+        default=None, description="what was learned is saved here after the drain and read at the start"
+    )
+    estimator: LengthSettings = LengthSettings()
+
+
 class Recovery(_Settings):
     """What is tried after a failure, always before the client has got its first byte."""
 
@@ -170,6 +188,7 @@ class RouterConfig(_Settings):
     disaggregation: Disaggregation = Disaggregation()
     policies: Policies = Policies()
     encode: Encode = Encode()
+    lengths: OutputLengths = OutputLengths()
     recovery: Recovery = Recovery()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()

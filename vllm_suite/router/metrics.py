@@ -42,6 +42,8 @@ COUNTERS = (
     _Series("stripped", "Fields and headers from outside that were not let through", ("what",)),
     _Series("waits", "Requests that waited for a ready instance", ("outcome",)),
     _Series("membership_events", "Changes of membership", ("event",)),
+    _Series("lengths", "Answers by whether their length was learned: exact, censored or unknown", ("kind",)),
+    _Series("length_state", "Reads and writes of the file of learned lengths", ("step", "outcome")),
     _Series("encode_items", "Media items of requests by what became of them", ("modality", "outcome")),
     _Series("encode_shared_items", "Items that were already being encoded for another request", ("modality",)),
     _Series("encode_tokens", "Encoder tokens demanded, estimated: what encoders are scaled by", ("modality",)),

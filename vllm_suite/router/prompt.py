@@ -47,6 +47,7 @@ class Prompt:
     has_media: bool
     stand_in: int  # bytes in `text` that stand for media
     output_tokens: int
+    limited: bool = False  # `output_tokens` is what the request allows
 
     def tokens(self, bytes_per_token: float) -> int:
         """Prompt length: exact for token ids, estimated for text."""
@@ -112,7 +113,7 @@ def read_prompt(endpoint: Endpoint, body: bytes) -> Prompt:
     if endpoint == "chat":
         limit = document.get("max_completion_tokens", limit)
     if type(limit) is int and 0 < limit < 1 << 31:
-        prompt.output_tokens = limit
+        prompt.output_tokens, prompt.limited = limit, True
     understood = _chat(prompt, document) if endpoint == "chat" else _completion(prompt, document)
     prompt.whole_reason = (understood or _whole_reason(document, limit)) if standard else "unparsed"
     return prompt

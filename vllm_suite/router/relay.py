@@ -34,6 +34,8 @@ class Opened:
     response: aiohttp.ClientResponse
     first: bytes
     whole: bool
+    tail: bytes = b""  # the last two pieces of a stream, once it has been relayed
+    ended: bool = False  # the instance gave all of it
 
 
 async def open_answer(
@@ -118,11 +120,13 @@ async def relay(
     source = answer.response
     headers = downstream_headers(source.headers, rid)
     if answer.whole:
+        answer.ended = True
         return web.Response(status=source.status, body=answer.first, headers=headers)
     out = web.StreamResponse(status=source.status, headers=headers)
     content = source.content
     idle_s, client_s = config.timeouts.idle_s, config.timeouts.client_s
     piece = last = answer.first
+    before = b""
     try:
         guard.enter("client", client_s)
         await out.prepare(request)
@@ -138,8 +142,9 @@ async def relay(
                 guard.enter("client", client_s)
                 await out.write(piece)
                 guard.enter("idle", idle_s)
-            last = piece
+            before, last = last, piece
             piece = await content.readany()
+        answer.ended = True
         guard.enter("client", client_s)
         await out.write_eof()
     except aiohttp.ClientConnectionResetError as exc:
@@ -149,6 +154,8 @@ async def relay(
         if failure is None:
             raise
         await _break_off(request, out, last, failure, guard, client_s, metrics)
+    finally:
+        answer.tail = before + last
     return out
 
 

@@ -174,6 +174,15 @@ def test_merging_does_not_mind_the_order(one, two, three, offset):
     assert answers(merged(models[0], models[1])) == pytest.approx(first, rel=1e-6)
 
 
+def test_what_the_other_saw_earlier_weighs_less():
+    settings = LengthSettings(half_life_observations=None, half_life_s=10, shrinkage=0)
+    one, two = OnlineLengths(settings), OnlineLengths(settings)
+    one.observe(["a"], 100, now=0.0)
+    two.observe(["a"], 400, now=10.0)
+    for made in (merged(one, two), merged(two, one)):
+        assert made.remaining(["a"], 0, 4000) == pytest.approx((0.5 * 100 + 400) / 1.5)
+
+
 def test_merging_leaves_the_other_as_it_was():
     one, two = learned([(["class:a"], 5, False)]), learned([(["class:a"], 9, False)])
     before = two.to_dict()

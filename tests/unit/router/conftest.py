@@ -30,8 +30,9 @@ FAST = {
 class Served:
     """A running router and a client for it."""
 
-    def __init__(self, router: Router, url: str, client: aiohttp.ClientSession) -> None:
+    def __init__(self, router: Router, url: str, client: aiohttp.ClientSession, runner: web.AppRunner) -> None:
         self.router = router
+        self.runner = runner
         self.url = url
         self.client = client
 
@@ -121,7 +122,7 @@ async def serve() -> AsyncIterator[StartRouter]:
         client = aiohttp.ClientSession()
         closing.extend([runner.cleanup, client.close])
         host, port = runner.addresses[0][:2]
-        served = Served(app[ROUTER], f"http://{host}:{port}", client)
+        served = Served(app[ROUTER], f"http://{host}:{port}", client, runner)
         if ready:
             await served.until(lambda: sum(m.ready for m in served.router.pool.members) == len(instances))
         return served

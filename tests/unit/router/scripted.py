@@ -67,6 +67,8 @@ class Instance:
     events: int = 4
     load: dict[str, Any] = field(default_factory=lambda: {"running": 0, "waiting": 0})
     prompt_tokens: int = 100
+    completion_tokens: int = 1
+    finish_reason: str = "length"
     hold: asyncio.Event | None = None  # no request is answered before it is set
     ec: dict[str, Any] | None = None  # what the EPD plugin adds to the state
 
@@ -162,8 +164,8 @@ class Instance:
         answer = {
             "id": request.headers.get("X-Request-Id"),
             "model": body.get("model"),
-            "choices": [{"index": 0, "text": self.instance_id, "finish_reason": "length"}],
-            "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": 1},
+            "choices": [{"index": 0, "text": self.instance_id, "finish_reason": self.finish_reason}],
+            "usage": {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens},
             "kv_transfer_params": REFERENCE if params.get("do_remote_decode") and word != "no_reference" else None,
         }
         if word == "die_json":
@@ -195,7 +197,10 @@ class Instance:
             await response.write(b"data: [DONE]\n\n")
             return response
         for index in range(self.events):
-            event = {"choices": [{"index": 0, "text": f"{index} {self.instance_id}"}]}
+            choice = {"index": 0, "text": f"{index} {self.instance_id}", "finish_reason": None}
+            if index == self.events - 1:
+                choice["finish_reason"] = self.finish_reason
+            event = {"choices": [choice]}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(0.05 if word == "trickle" else 0)
             if index == 1 and word in ("die", "stall"):
