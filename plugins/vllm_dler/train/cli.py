@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
         if importlib.util.find_spec("trl") is None:
             return _elsewhere()
         try:
+            from vllm_dler.train import trl_import
+
+            trl_import.prepare(vllm=config.vllm != "none")
             from vllm_dler.train.run import train
         except ModuleNotFoundError as error:
             raise TrainError(f"{error}: {_INSTALL}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig
 
 from vllm_dler.train import checkpoints
@@ -57,6 +57,7 @@ def train(config: DLERConfig) -> dict[str, Any]:
     known by then. What a stopped run has saved, the same call with ``resume=True`` goes on from.
     """
     judge = make_judge(config.judge, config.think_end)
+    transformers.utils.logging.disable_progress_bar()
     work = config.output / WORK
     tokenizer = _tokenizer(config)
     rows, held, dropped = _rows(config, tokenizer)
@@ -101,6 +102,7 @@ class _Run(TrainerCallback):
             state = checkpoints.read_state(newest[0], trainer.fingerprint)
             first, resume = int(state["step"]), str(newest[0])
             trainer.stream.position = int(state["position"])
+        trainer.remove_callback(PrinterCallback)  # the log and the progress say it
         trainer.add_callback(self)
         with self._logged(first), Progress(config.steps, first, self.main) as self._progress:
             self.measured = self._measured_before(first)
