@@ -6,7 +6,7 @@ from vllm_suite.planner.models.shapes import Attention, Linear
 
 
 def grouped_query(
-    hidden: int, heads: int, kv_heads: int, head: int, window: int | None, bias: bool, out_bias: bool
+    hidden: int, heads: int, kv_heads: int, head: int, *, window: int | None, normed: bool, bias: bool, out_bias: bool
 ) -> tuple[tuple[Linear, ...], Attention]:
     """Multi-head, grouped-query or multi-query attention; vLLM fuses q, k and v into one product."""
     queries, both = heads * head, 2 * kv_heads * head
@@ -14,7 +14,7 @@ def grouped_query(
         Linear("qkv_proj", hidden, queries + both, "column", bias, kv_outputs=both, kv_heads=kv_heads),
         Linear("o_proj", queries, hidden, "row", out_bias),
     )
-    return linears, Attention(heads, kv_heads, head, head, both, window=window)
+    return linears, Attention(heads, kv_heads, head, head, both, window=window, normed=normed)
 
 
 def latent(
@@ -27,6 +27,7 @@ def latent(
     which takes as much work per token as the product itself.
     """
     queries = heads * (nope + rope)
+    first: tuple[Linear, ...]
     if q_rank:
         first = (
             Linear("q_a_proj", hidden, q_rank, bias=bias),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_suite.media.config import UnknownModel
+from vllm_suite.media.families import Encoder, encoder_of, has_encoder
 from vllm_suite.planner.models.blocks import dense_mlp, expert_mlp, grouped_query, latent
 from vllm_suite.planner.models.shapes import Attention, Layer, Linear, Model, ModelError
 
@@ -72,8 +74,11 @@ def text_section(config: Config) -> Config:
     return config
 
 
-def decoder(config: Config, name: str = "") -> Model:
-    """Shapes of the language model of a config.
+def model_of(config: Config, name: str = "", pixels: tuple[int, int] | None = None) -> Model:
+    """Shapes of a config: its decoder, and its encoder where it has one. `pixels`: see `encoder_of`.
+
+    The name is for reports. A multimodal config of a family whose encoder is not known gives the decoder alone, and
+    says so in `Model.assumed`.
 
     Raises:
         ModelError: a needed key is missing, or the model has layers that are no attention (state-space, linear).
@@ -107,8 +112,23 @@ def decoder(config: Config, name: str = "") -> Model:
         outside=outside,
         longest=_longest(text),
         dtype=str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype") or "bfloat16"),
-        assumed=assumed,
+        assumed=assumed + _unread(config),
+        encoder=_encoder(config, pixels),
     )
+
+
+def _encoder(config: Config, pixels: tuple[int, int] | None) -> Encoder | None:
+    try:
+        return encoder_of(config, pixels) if has_encoder(config) else None
+    except UnknownModel as error:
+        raise ModelError(str(error)) from error
+
+
+def _unread(config: Config) -> tuple[str, ...]:
+    media = [key for key in ("vision_config", "audio_config", "thinker_config", "visual") if config.get(key)]
+    if not media or has_encoder(config):
+        return ()
+    return (f"the encoder ({media[0]}) is of no known family and is left out",)
 
 
 def number(config: Config, *names: str) -> int:
@@ -157,9 +177,11 @@ def _layer(text: Config, kind: str, family: Family, hidden: int, window: int | N
     else:
         head = int(text.get("head_dim") or hidden // heads)
         kv_heads = int(text.get("num_key_value_heads") or heads)
-        linears, attention = grouped_query(hidden, heads, kv_heads, head, window, qkv_bias, out_bias)
-        if family.qk_norm or text.get("use_qk_norm"):
-            small += 2 * head
+        normed = family.qk_norm or bool(text.get("use_qk_norm"))
+        linears, attention = grouped_query(
+            hidden, heads, kv_heads, head, window=window, normed=normed, bias=qkv_bias, out_bias=out_bias
+        )
+        small += 2 * head if normed else 0
         if kind == "gpt_oss":
             small += heads  # attention sinks
     if moe:

@@ -6,8 +6,10 @@ shapes, so a family is read once, in `read`, and nowhere else is there a case fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
+
+from vllm_suite.media.families import Encoder
 
 Split = Literal["column", "row", "none"]
 """How tensor parallelism cuts a product: its outputs, its inputs (an all-reduce follows), or not at all."""
@@ -70,6 +72,7 @@ class Attention:
         latent: MLA: width of the compressed row that a decode step attends to in place of keys and values; else 0.
         rope: MLA: width of the part of a key that carries the position, at the end of the compressed row.
         window: longest distance that is attended to, in tokens; None for all.
+        normed: queries and keys are normed, with a weight for each value of a head.
         rows: what it runs over. SwiftKV's late layers run over sampled tokens only.
     """
 
@@ -81,6 +84,7 @@ class Attention:
     latent: int = 0
     rope: int = 0
     window: int | None = None
+    normed: bool = False
     rows: Rows = "tokens"
 
 
@@ -92,6 +96,11 @@ class Layer:
     attention: Attention | None
     small: int
     moe: bool = False
+
+    @property
+    def late(self) -> bool:
+        """A SwiftKV layer after the cut: a prompt does not run through it."""
+        return self.attention is not None and self.attention.rows == "sampled"
 
     @property
     def params(self) -> int:
@@ -118,7 +127,7 @@ class Model:
         outside: parameters outside the layers that are neither embedding nor output head: norms, learned positions.
         longest: longest sequence in tokens.
         dtype: of the checkpoint before any quantisation, by vLLM's name.
-        encoder_params: parameters of the encoder and of what projects its output, 0 for none.
+        encoder: what turns images, videos or sound into rows of the hidden width; None for a text model.
         assumed: what the config did not say and no known family settles; to be shown with every result.
     """
 
@@ -132,13 +141,18 @@ class Model:
     longest: int
     dtype: str = "bfloat16"
     head: bool = True
-    encoder_params: int = 0
+    encoder: Encoder | None = None
     assumed: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> int:
         """Parameters of the embedding."""
         return self.vocab * self.hidden
+
+    @property
+    def encoder_params(self) -> int:
+        """Parameters of the encoder and of what projects its output."""
+        return self.encoder.params if self.encoder else 0
 
     @property
     def decoder_params(self) -> int:
@@ -170,14 +184,10 @@ class Model:
         """Cache elements that one token adds over all layers, before any window closes."""
         return sum(layer.attention.kv_values for layer in self.layers if layer.attention)
 
-    def with_layers(self, count: int) -> Model:
-        """The same model cut after `count` layers, which is how a pipeline's or a draft's share is asked about."""
-        return replace(self, layers=self.layers[:count])
-
 
 def experts_met(experts: int, used: int, rows: float) -> float:
     """Different experts that `rows` rows reach when each is sent to `used` of them at random, without preference.
 
     Real routers prefer some experts, so this is an upper bound of the weights read.
     """
-    return experts * (1.0 - (1.0 - used / experts) ** rows)
+    return float(experts * (1.0 - (1.0 - used / experts) ** rows))

@@ -1,0 +1,138 @@
+"""Bytes per rank: shares of weights and cache under TP, PP and EP, and what fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vllm_suite.planner.models import ModelError, Parallel, Quantization, load
+from vllm_suite.planner.models.memory import (
+    activation_bytes,
+    closed_form_tokens,
+    kv_bytes_per_token,
+    kv_capacity,
+    weight_bytes,
+)
+from vllm_suite.planner.models.sharding import check, on_rank, stages
+
+BF16 = Quantization()
+
+# DistServe's profile of KV capacity: usable GB and GB of weights of one replica, and the OPT models they belong to.
+DISTSERVE = {
+    "facebook/opt-13b": (79.36e9, 25.18e9, 40, 5120),
+    "facebook/opt-66b": (78.93e9, 130.49e9, 64, 9216),
+    "facebook/opt-175b": (78.60e9, 347.95e9, 96, 12288),
+}
+
+
+def total(name: str, parallel: Parallel, quant: Quantization = BF16) -> float:
+    """Bytes of all ranks."""
+    model = load(name).model
+    check(model, parallel)
+    return parallel.tp * parallel.dp * sum(weight_bytes(model, quant, parallel, s) for s in range(parallel.pp))
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-70B", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen2.5-VL-7B-Instruct"])
+def test_one_rank_holds_the_checkpoint(name: str) -> None:
+    # Padding of the vocabulary aside, which these models do not need.
+    assert total(name, Parallel()) == 2 * load(name).model.params
+
+
+def test_ranks_hold_shares_and_replicas() -> None:
+    model = load("meta-llama/Llama-3.1-70B").model
+    whole = 2 * model.params
+    norms = 2 * model.hidden * (2 * 80 + 1)
+    assert total(model.name, Parallel(tp=4)) == whole + 3 * norms
+    assert total(model.name, Parallel(pp=4)) == whole
+    # 8 KV heads on 16 ranks: each is held twice.
+    doubled = 2 * 80 * 2 * 8 * 128 * 8192
+    assert total(model.name, Parallel(tp=16)) == whole + 15 * norms + doubled
+    qkv = on_rank(model.layers[0].linears[0], Parallel(tp=16))
+    assert (qkv.inputs, qkv.outputs) == (8192, 4 * 128 + 2 * 128)
+    down = on_rank(model.layers[0].linears[-1], Parallel(tp=8))
+    assert (down.inputs, down.outputs) == (28672 // 8, 8192)
+
+
+def test_experts_are_sliced_or_spread() -> None:
+    model = load("Qwen/Qwen3-30B-A3B").model
+    gate = next(each for each in model.layers[0].linears if each.name == "experts_gate_up")
+    sliced, spread = on_rank(gate, Parallel(tp=4)), on_rank(gate, Parallel(tp=4, ep=True))
+    assert (sliced.experts, sliced.outputs) == (128, 2 * 768 // 4)
+    assert (spread.experts, spread.outputs) == (32, 2 * 768)
+    assert sliced.weights == spread.weights == gate.weights // 4
+    assert on_rank(gate, Parallel(tp=2, dp=8, ep=True)).experts == 8
+    assert weight_bytes(model, BF16, Parallel(tp=4)) == weight_bytes(model, BF16, Parallel(tp=4, ep=True))
+
+
+def test_cache_of_a_rank() -> None:
+    model = load("meta-llama/Llama-3.1-70B").model
+    each = kv_bytes_per_token(model, BF16, Parallel())
+    assert [kv_bytes_per_token(model, BF16, Parallel(tp=tp)) / each for tp in (2, 8, 16)] == [1 / 2, 1 / 8, 1 / 8]
+    assert kv_bytes_per_token(model, BF16, Parallel(pp=4), 3) == each / 4
+    # MLA: every rank holds the compressed rows.
+    deep = load("deepseek-ai/DeepSeek-V3").model
+    assert kv_bytes_per_token(deep, BF16, Parallel(tp=8)) == kv_bytes_per_token(deep, BF16, Parallel())
+
+
+def test_stages_are_vllms() -> None:
+    model = load("meta-llama/Llama-3.1-405B").model
+    assert [len(stage) for stage in stages(model, 4)] == [31, 32, 32, 31]
+    assert [len(stage) for stage in stages(load("Qwen/Qwen2.5-7B-Instruct").model, 3)] == [9, 10, 9]
+    assert [len(stage) for stage in stages(load("deepseek-ai/DeepSeek-V3").model, 8)] == [7, 7, 8, 8, 8, 8, 8, 7]
+
+
+@pytest.mark.parametrize("name", DISTSERVE)
+def test_capacity_is_distserves_closed_form(name: str) -> None:
+    """D2: tokens = (tp pp G - W) / (2 L h 2), with the constants that reproduce its 76 measured rows."""
+    usable, weights, layers, hidden = DISTSERVE[name]
+    # Its W counts the layers and neither embedding nor positions.
+    model = replace(load(name).model, vocab=0, outside=0)
+    fp16 = Quantization.named("float16")
+    assert 2 * model.params == pytest.approx(weights, rel=1e-3)
+    tried = 0
+    for tp, pp in ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (1, 4), (1, 8), (4, 2), (2, 4), (3, 4)):
+        parallel, heads = Parallel(tp, pp), hidden // 128
+        if heads % tp or layers % pp or tp * pp * usable < 1.1 * weights:
+            continue
+        ours = kv_capacity(model, fp16, parallel, usable, utilisation=1.0, block=1).tokens
+        closed = closed_form_tokens(parallel.gpus, usable, weights, layers, hidden)
+        assert ours == pytest.approx(closed, rel=1e-3), (tp, pp)
+        tried += 1
+    assert tried >= 4
+
+
+def test_what_does_not_fit_is_said() -> None:
+    model = load("meta-llama/Llama-3.1-70B").model
+    with pytest.raises(ModelError, match=r"stage 0 holds 131\.4 GiB of weights"):
+        kv_capacity(model, BF16, Parallel(), 80e9)
+    small = kv_capacity(model, BF16, Parallel(tp=4), 80e9, activations=4e9, overhead=2e9)
+    large = kv_capacity(model, Quantization.named("bfloat16", kv="fp8"), Parallel(tp=4), 80e9)
+    assert large.tokens > 2 * small.tokens
+    assert small.tokens % 16 == 0
+
+
+def test_peak_grows_with_the_step() -> None:
+    model = load("meta-llama/Llama-3.1-8B").model
+    few, many = (activation_bytes(model, BF16, Parallel(), n, 256) for n in (2048, 16_384))
+    assert 0 < few < many
+    # 256 rows of logits in 16 bits and twice in float32.
+    assert few >= 256 * 128_256 * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "says"),
+    [
+        ("meta-llama/Llama-3.1-8B", Parallel(tp=3), "32 heads cannot be cut over 3"),
+        ("Qwen/Qwen2.5-7B-Instruct", Parallel(tp=14), "4 KV heads and 14 ranks"),
+        ("Qwen/Qwen2.5-32B-Instruct", Parallel(pp=65), "64 layers cannot be cut into 65"),
+        ("meta-llama/Llama-3.1-8B", Parallel(dp=2), "engines of their own"),
+        ("meta-llama/Llama-3.1-8B", Parallel(ep=True), "no experts"),
+        ("openai/gpt-oss-20b", Parallel(tp=64, dp=4), r"experts_gate_up \(5760\) cannot be cut over 256"),
+    ],
+)
+def test_cuts_that_vllm_refuses(name: str, parallel: Parallel, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        check(load(name).model, parallel)
+    with pytest.raises(ModelError, match="at least 1"):
+        Parallel(tp=0)
