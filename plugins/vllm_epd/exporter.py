@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_epd.config import EpdConfig
 from vllm_epd.options import CONNECTOR
+from vllm_suite.catalog import NO_LOCAL_ENCODER
 
 PRODUCERS = ("ec_producer", "ec_both")
 
@@ -20,7 +21,8 @@ class EpdExporter:
         """``ec``: what the connector does, and where its items are claimed.
 
         The host is empty and the port 0 on an instance that serves none; the port alone is 0 where a free one is
-        taken, which only the worker knows. Under data parallelism it is the port of the first engine.
+        taken, which only the worker knows. Under data parallelism it is the port of the first engine. ``encodes``
+        is false where the instance has no encoder, and left out elsewhere.
         """
         transfer = self._transfer
         if transfer is None or transfer.ec_connector != CONNECTOR:
@@ -28,7 +30,8 @@ class EpdExporter:
         host, port = "", 0
         if transfer.ec_role in PRODUCERS:
             host, port = EpdConfig.from_extra_config(transfer.ec_connector_extra_config or {}).address()
-        return {"ec": {"host": host, "port": port, "role": transfer.ec_role}}
+        ec = {"host": host, "port": port, "role": transfer.ec_role}
+        return {"ec": ec | ({"encodes": False} if NO_LOCAL_ENCODER.on() else {})}
 
     async def run(self) -> None:
         """Nothing goes on beside the server: the connector's counters come with vLLM's own statistics."""

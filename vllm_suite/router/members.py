@@ -20,11 +20,14 @@ from vllm_suite.router.policies import Candidate, Demand, Policy
 
 
 class ItemChannel(NamedTuple):
-    """Where an instance serves its encoder outputs, and what its EC connector does (`ec_producer`, ...)."""
+    """Where an instance serves its encoder outputs, what its EC connector does (`ec_producer`, ...), and whether it
+    has an encoder.
+    """
 
     host: str
     port: int
     role: str
+    encodes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,11 @@ class Member:
     def makes_items(self) -> bool:
         """Can encode media for others."""
         return self.state.ec is not None and self.state.ec.role in ("ec_producer", "ec_both")
+
+    @property
+    def has_encoder(self) -> bool:
+        """Can take media as they are: a stock instance too, as far as is known."""
+        return self.state.ec is None or self.state.ec.encodes
 
     @property
     def takes_items(self) -> bool:

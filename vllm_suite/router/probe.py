@@ -78,7 +78,7 @@ def _item_channel(found: object) -> ItemChannel | None:
     if not (isinstance(host, str) and isinstance(port, int) and isinstance(role, str)):
         return None
     # A consumer serves nothing; it may say so with an empty host or port 0.
-    return ItemChannel(host, port, role) if 0 <= port < 65_536 else None
+    return ItemChannel(host, port, role, found.get("encodes") is not False) if 0 <= port < 65_536 else None
 
 
 class SuiteProbe:

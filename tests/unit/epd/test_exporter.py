@@ -38,3 +38,8 @@ def test_a_consumer_serves_nothing_and_others_say_nothing(monkeypatch: pytest.Mo
     assert facts("ec_consumer") == {"ec": {"host": "", "port": 0, "role": "ec_consumer"}}
     assert facts("ec_producer", connector="ECExampleConnector") == {}
     assert facts(None) == {}
+
+
+def test_an_instance_without_an_encoder_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SUITE_EPD_NO_LOCAL_ENCODER", "1")
+    assert facts("ec_consumer") == {"ec": {"host": "", "port": 0, "role": "ec_consumer", "encodes": False}}

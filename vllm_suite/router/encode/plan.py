@@ -58,6 +58,7 @@ class Plan:
         self._key = key
         self.gave_up = False  # an instance could not use our references
         self.overlapped = False  # prefill did not wait for the items
+        self.fall_back = settings.fallback == "local"  # an instance that is to use an item may encode it itself
         self._referred: set[Member] = set()
         self.document = document
         self.items = items
@@ -149,12 +150,12 @@ class Plan:
     def give_up(self, member: Member) -> bool:
         """An instance failed with references of ours: from now on it gets the media. False where it had none.
 
-        Raises `MediaRefused` where the settings want no local encoding.
+        Raises `MediaRefused` where nobody may or can encode locally.
         """
         if self.gave_up or member not in self._referred:
             return False
         self.gave_up = True
-        if self._settings.fallback == "error":
+        if not self.fall_back:
             names = ", ".join(slot.item.name for slot in self.slots.values())
             raise MediaRefused(502, "unavailable", f"an instance could not get or use what was encoded of {names}")
         return True

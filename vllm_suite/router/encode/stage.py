@@ -105,9 +105,11 @@ class EncodeStage:
     async def provide(self, job: Job, plan: Plan, consumers: Sequence[Member], decode: Member) -> None:
         """Find or make what the plan needs, and wait for it unless prefill may start meanwhile.
 
-        Raises `MediaRefused` for an item that an encoder refuses or, where the settings want that, that none encodes.
+        Raises `MediaRefused` for an item that an encoder refuses or, where the settings want that or no other instance
+        has an encoder, that none encodes.
         """
         began = time.perf_counter()
+        plan.fall_back = plan.fall_back and any(member.has_encoder for member in (*consumers, decode))
         metrics = self._metrics
         if any(member.takes_items for member in consumers):
             with self._within(job, "encode", self._longest_s()):
@@ -118,7 +120,8 @@ class EncodeStage:
                     flights = self._flights.book(plan.request, [slot.item for slot in missing], members)
                     for slot, flight in zip(missing, flights, strict=True):
                         slot.flight = flight
-                if missing and members and self._overlaps(plan, missing):
+                # Prefill that runs ahead gets the media, which an instance without an encoder refuses.
+                if missing and members and all(m.has_encoder for m in consumers) and self._overlaps(plan, missing):
                     plan.overlapped = True
                     metrics.count("encode_requests", "overlapped")
                     return
@@ -131,7 +134,7 @@ class EncodeStage:
     def finish(self, plan: Plan) -> None:
         """The request has ended: count its items, give up what is still under way."""
         for item in plan.items:
-            outcome = self._outcome(plan.slots[item.identity])
+            outcome = self._outcome(plan.slots[item.identity], plan.fall_back)
             self._metrics.count("encode_items", item.modality, outcome)
         for slot in plan.slots.values():
             failure = slot.flight.failure if slot.flight is not None else None
@@ -199,7 +202,7 @@ class EncodeStage:
 
     def _overlaps(self, plan: Plan, missing: Sequence[Slot]) -> bool:
         settings, scope = self._settings, plan.request.scope
-        if settings.overlap == "never" or (settings.overlap == "auto" and settings.fallback == "error"):
+        if settings.overlap == "never" or (settings.overlap == "auto" and not plan.fall_back):
             return False
         # The engine waits for an item by its identifier, so that must be known before the encoder has answered.
         if scope.factors or scope.model in self._odd_models:
@@ -226,13 +229,13 @@ class EncodeStage:
             failure = slot.flight.failure if slot.flight is not None else None
             if not isinstance(failure, UpstreamFailure):
                 failure = UpstreamFailure("no_encoder", "no encode instance is ready", status=503)
-            if self._settings.fallback == "error":
+            if not plan.fall_back:
                 why = f"{slot.item.name}: {failure}"
                 raise MediaRefused(failure.status, "unencoded", why, slot.item.where)
             if slot.flight is not None or any(member.role == "encode" for member in self._pool.members):
                 self._metrics.count("recoveries", "encode_local", failure.kind)
 
-    def _outcome(self, slot: Slot) -> str:
+    def _outcome(self, slot: Slot, fall_back: bool) -> str:
         """The label of what became of an item: kept, encoded, local, failed, or left under way."""
         flight = slot.flight
         if slot.kept is not None:
@@ -242,4 +245,4 @@ class EncodeStage:
         if slot.encoded is not None:
             return "encoded"
         refused = flight is not None and isinstance(flight.failure, Rejected)
-        return "failed" if refused or self._settings.fallback == "error" else "local"
+        return "local" if fall_back and not refused else "failed"
