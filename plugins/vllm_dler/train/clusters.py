@@ -23,14 +23,19 @@ def emit(config: DLERConfig, kind: Literal["verl", "openrlhf"]) -> str:
     """The script. Raises TrainError for a setting that the other trainer has no counterpart of."""
     if config.tiers:
         raise TrainError(f"tiers: {kind} has no difficulty-aware truncation; train with `vllm-suite dler train`")
+    if config.advantage == "batch":
+        raise TrainError(f"advantage batch: {kind} whitens over tokens; say advantage: batch-tokens to accept that")
     if len(config.data) != 1 or len(config.eval_data) > 1:
         raise TrainError(f"data: one file for {kind}, and at most one of eval_data; concatenate them first")
+    for name in ("system", "suffix"):
+        if getattr(config, name):
+            raise TrainError(f"{name}: {kind} reads prompts as they are; put it into the data")
+    if not config.chat:
+        raise TrainError(f"chat false: {kind} would put the prompts through the chat template")
     return _verl(config) if kind == "verl" else _openrlhf(config)
 
 
 def _verl(config: DLERConfig) -> str:
-    if config.advantage == "batch":
-        raise TrainError("advantage batch: verl whitens over tokens; say advantage: batch-tokens to accept that")
     grpo = config.advantage == "group"
     settings: dict[str, Any] = {
         "data.train_files": config.data[0],
@@ -107,10 +112,6 @@ def _verl(config: DLERConfig) -> str:
 
 
 def _openrlhf(config: DLERConfig) -> str:
-    if config.advantage == "batch":
-        raise TrainError("advantage batch: OpenRLHF whitens over tokens; say advantage: batch-tokens to accept that")
-    if not config.chat:
-        raise TrainError("chat false: not emitted for OpenRLHF; set it there by --data.input_template")
     options: dict[str, Any] = {
         "actor.model_name_or_path": config.model,
         "data.prompt_dataset": config.data[0],
@@ -187,7 +188,7 @@ def _hydra(value: Any) -> str:
         return str(value)
     text = str(value)
     # Text with marks of Hydra's own grammar is quoted for it, and all of it for the shell.
-    plain = not isinstance(value, str) or text.startswith(("[", "pkg://"))
+    plain = isinstance(value, (int, float)) or text.startswith(("[", "pkg://"))
     if not plain and set(text) & set("=,:(){}<>\\'\" "):
         text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return shlex.quote(text)
