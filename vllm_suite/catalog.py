@@ -141,6 +141,7 @@ _TABLE = (
         summary="requests ordered by expected length, learned online, with a bound on how long any of them waits",
         landed=True,
         options="vllm_dler.options",
+        exporter=LazyClass("DlerExporter", "vllm_dler.exporter"),
         report="vllm_dler.report",
         length_policy=LazyClass("make_policy", "vllm_dler.policy"),
     ),

@@ -141,3 +141,62 @@ SWIFTKV: tuple[SeriesSpec, ...] = (
         ("reason",),
     ),
 )
+
+# `class` is the client's `dler_class`: default where it gave none, other beyond the first `classes.max_labels`.
+SCHED: tuple[SeriesSpec, ...] = (
+    SeriesSpec("vllm_suite_sched_active", "gauge", "1 where requests are ordered by length, 0 where by another rule."),
+    SeriesSpec("vllm_suite_sched_kappa", "gauge", "Seconds of delay that one token of size is worth, now."),
+    SeriesSpec("vllm_suite_sched_queue_length", "gauge", "Requests that wait, those evicted among them.", ("class",)),
+    SeriesSpec("vllm_suite_sched_queue_age_seconds", "gauge", "Seconds since the oldest of them came.", ("class",)),
+    SeriesSpec(
+        "vllm_suite_sched_requests_total",
+        "counter",
+        "Requests that ended, by end: stop, length, repetition, abort, error.",
+        ("class", "end"),
+    ),
+    SeriesSpec("vllm_suite_sched_output_tokens_total", "counter", "Tokens that ended requests generated.", ("class",)),
+    SeriesSpec(
+        "vllm_suite_sched_latency_seconds_total", "counter", "Seconds from their arrival to their end.", ("class",)
+    ),
+    SeriesSpec(
+        "vllm_suite_sched_normalised_latency_seconds",
+        "gauge",
+        "Seconds from arrival to end for each generated token, quantiles of the last 256 requests of a class.",
+        ("class", "quantile"),
+    ),
+    SeriesSpec(
+        "vllm_suite_sched_length_error_tokens",
+        "gauge",
+        "Output tokens expected on arrival minus those generated, quantiles of the last 512 that ended by themselves.",
+        ("quantile",),
+    ),
+    SeriesSpec(
+        "vllm_suite_sched_wait_p99_seconds",
+        "gauge",
+        "99th percentile of waiting to begin, of the last admissions: actual, and in_turn had the order been that of "
+        "arrival.",
+        ("order",),
+    ),
+    SeriesSpec("vllm_suite_sched_overtakes_total", "counter", "Requests that began while an older one waited."),
+    SeriesSpec("vllm_suite_sched_boosts_total", "counter", "Times that a waiting request moved forward."),
+    SeriesSpec(
+        "vllm_suite_sched_evictions_total",
+        "counter",
+        "Running requests that were queued again, by reason: kv_full, reset; unforeseen where no victim was chosen.",
+        ("reason",),
+    ),
+    SeriesSpec("vllm_suite_sched_caps_total", "counter", "Answers that the cap of their class ended.", ("class",)),
+    SeriesSpec(
+        "vllm_suite_sched_group_stops_total", "counter", "Samples ended because enough of their group had finished."
+    ),
+    SeriesSpec("vllm_suite_sched_gate_closed_steps_total", "counter", "Steps in which the gate kept a request out."),
+    SeriesSpec(
+        "vllm_suite_sched_refused_arguments_total", "counter", "vllm_xargs whose values make no sense.", ("name",)
+    ),
+    SeriesSpec(
+        "vllm_suite_sched_poll_failures_total",
+        "counter",
+        "Readings of the scheduler's counters that failed: error, timeout.",
+        ("reason",),
+    ),
+)

@@ -54,18 +54,16 @@ class AdaptiveSettings(Section):
 
 
 class VictimSettings(Section):
-    """Who gives way when the KV cache is full."""
+    """Who gives way when the KV cache is full: who has most to generate for each token to be computed again."""
 
     enabled: bool = Field(default=True, description="False: vLLM's own choice, the request that was admitted last.")
-    min_run: int = Field(
-        default=16, ge=0, description="Tokens a request generates after each admission before it may be evicted again."
-    )
-    growth: float = Field(
-        default=2.0, ge=1, description="`min_run` grows so many times with each eviction of a request."
-    )
     max_evictions: int = Field(
         default=3, ge=1, description="After so many a request gives way only where nobody else is left."
     )
+    min_run: int = Field(
+        default=0, ge=0, description="Tokens a request generates after each admission before it may give way again."
+    )
+    growth: float = Field(default=2.0, ge=1, description="`min_run` grows so many times with each eviction.")
 
 
 class GateSettings(Section):
@@ -105,10 +103,17 @@ class SchedulerSettings(Section):
     its size; the smallest key goes first."""
 
     kappa: float = Field(
-        default=0.02, ge=0, description="Seconds that one token of size is worth. 0: vLLM's own order and victims."
+        default=0.02,
+        ge=0,
+        description="Seconds that a token of size is worth. 0: vLLM's own order, victims and admission.",
     )
     prefill_weight: float = Field(
         default=0.25, ge=0, description="Size of a prompt token that is not cached, in generated tokens."
+    )
+    headroom_tokens: int = Field(
+        default=64,
+        ge=0,
+        description="Tokens of KV cache left free for each running request to grow into when another is admitted.",
     )
     relearn_every: int = Field(default=32, ge=1, description="Finished requests until waiting ones are looked at anew.")
     relearn_s: float = Field(default=1.0, gt=0, description="Or so many seconds, where any has finished.")
@@ -137,7 +142,7 @@ class SchedulerSettings(Section):
 
     @property
     def reorders(self) -> bool:
-        """False where vLLM's own queues and victims are left alone."""
+        """False where vLLM's own queues, victims and admission are left alone."""
         return self.kappa > 0
 
     @classmethod

@@ -50,7 +50,8 @@ class Group:
 class Groups:
     """Groups that have an unfinished sample."""
 
-    def __init__(self, stop_after: bool) -> None:
+    def __init__(self, probes: bool, stop_after: bool) -> None:
+        self._probes = probes
         self._heed_stop = stop_after
         self._groups: dict[str, Group] = {}
 
@@ -58,11 +59,11 @@ class Groups:
         return len(self._groups)
 
     def join(self, name: str, state: Tracked, stop_after: int | None) -> Group:
-        """Enter a sample, the first one as the group's probe."""
+        """Enter a sample, the first one as the group's probe where there are any."""
         group = self._groups.get(name)
         if group is None:
             group = self._groups[name] = Group(name)
-            group.probe = state
+            group.probe = state if self._probes else None
         group.members[state.request.request_id] = state
         if self._heed_stop and stop_after is not None:
             group.stop_after = min(stop_after, group.stop_after or stop_after)

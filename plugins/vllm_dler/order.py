@@ -32,6 +32,7 @@ class Tracked:
         label: class in metrics.
         cap: most tokens that it can generate.
         uncached: prompt tokens to compute.
+        lost: prompt tokens to compute again after an eviction.
         predicted: expected output when it arrived; None where nothing was known.
         size: S of the estimate that gave ``key``.
         key: smallest so far.
@@ -40,6 +41,7 @@ class Tracked:
         base: output tokens when it last began to run.
         admitted: when it first began to run.
         cut: whether a cap of its class shortened it.
+        score, scored: tokens to come for each to compute again, and the age at which that was estimated.
     """
 
     request: Any
@@ -50,6 +52,7 @@ class Tracked:
     label: str = ""
     cap: int = 1
     uncached: int = 0
+    lost: int = 0
     predicted: float | None = None
     size: float = 0.0
     key: float = math.inf
@@ -59,6 +62,8 @@ class Tracked:
     evictions: int = 0
     admitted: float | None = None
     cut: bool = False
+    score: float = 0.0
+    scored: int = -(1 << 30)
     group: Group | None = field(default=None, repr=False)
 
     @property

@@ -39,6 +39,7 @@ class LengthPolicy:
     Attributes:
         reorders: False where vLLM's own queues and victims are to stay.
         sorts_running, gates: whether `sort_running` and `places` are wanted.
+        headroom_tokens: room that an admission leaves to each running request.
         kappa: seconds per token now.
         lengths: what is known of output lengths.
         stats: what is counted.
@@ -58,6 +59,7 @@ class LengthPolicy:
         self.lengths = OnlineLengths(settings.lengths) if lengths is None else lengths
         self.reorders = settings.reorders
         self.sorts_running = settings.reorders and settings.victims.enabled
+        self.headroom_tokens = settings.headroom_tokens if settings.reorders else 0
         self.gates = settings.reorders and settings.gate.enabled
         self.kappa = settings.kappa
         self.now = clock()
@@ -68,11 +70,12 @@ class LengthPolicy:
         self._max_model_len = max_model_len
         self._arrivals = Arrivals()
         self._states: dict[str, Tracked] = {}
-        self._groups = Groups(settings.groups.stop_after)
+        self._groups = Groups(settings.groups.probe < 1, settings.groups.stop_after)
         self._touched: set[Tracked] = set()  # whose group learned something
-        self._victims = Victims(settings.victims, self.tracked)
+        self._victims = Victims(settings.victims, self.tracked, self._expected)
         self._queues: list[LengthQueue] = []
         self._stops: list[str] = []
+        self._sorted = False  # whether victims were chosen for this step
         self._learned = 0  # finished requests that waiting ones do not know of
         self._relearned = self.now
         self._stale = False  # keys of all may have changed
@@ -107,6 +110,7 @@ class LengthPolicy:
             label=label,
             cap=self._cap(request),
             uncached=max(request.num_prompt_tokens - cached_tokens, 0),
+            lost=request.num_prompt_tokens - (0 if _prefilled_elsewhere(request) else cached_tokens),
             cut=cut,
         )
         self._states[request.request_id] = state
@@ -133,13 +137,13 @@ class LengthPolicy:
     def begin_step(self) -> None:
         """Read the clock, and let waiting requests know what was learned."""
         self.now = now = self.clock()
-        settings = self.settings
+        self._sorted = False
         kappa = self._controller.decide(self.kappa, self.waits, now)
         if kappa != self.kappa:
             self._stale |= kappa < self.kappa
             self.kappa = kappa
-        late = self._learned > 0 and now - self._relearned >= settings.relearn_s
-        if late or self._stale or self._learned >= settings.relearn_every:
+        learned = self._learned
+        if self._stale or (learned and self._due(learned, now)):
             self._relearn(now)
         elif self._touched:
             touched, self._touched = self._touched, set()
@@ -151,6 +155,7 @@ class LengthPolicy:
     def sort_running(self, running: list[Any]) -> None:
         """Put the victims of this step at the end, in place."""
         self._victims.sort(running)
+        self._sorted = True
 
     def places(self, running: Iterable[Any], waiting: LengthQueue, capacity: int) -> int:
         """How many of ``waiting`` may begin, so that at their peak all requests fit ``capacity`` tokens of KV."""
@@ -174,7 +179,8 @@ class LengthPolicy:
         state = self.tracked(request)
         state.evictions += 1
         state.base = request.num_output_tokens
-        self.stats.count("evictions", reason)
+        foreseen = self._sorted or not self.sorts_running or reason != "kv_full"
+        self.stats.count("evictions", reason if foreseen else "unforeseen")
         self._place(state)
 
     def finished(self, request: Any, end: End) -> None:
@@ -257,6 +263,14 @@ class LengthPolicy:
         running = [m.request.num_output_tokens for m in group.members.values() if m is not state]
         return self.lengths.remaining(state.keys, age, state.cap, group=group.name, running=running)
 
+    def _due(self, learned: int, now: float) -> bool:
+        """Whether enough was learned. A long queue is looked at less often: what that costs for each request that
+        ends stays the same."""
+        waiting = sum(map(len, self._queues))
+        if learned >= self.settings.relearn_every + waiting // 8:
+            return True
+        return now - self._relearned >= self.settings.relearn_s and learned >= waiting // 64
+
     def _relearn(self, now: float) -> None:
         self._learned, self._stale, self._relearned = 0, False, now
         for queue in self._queues:
@@ -269,6 +283,12 @@ class LengthPolicy:
         self._touched = set()
         for queue in self._queues:
             queue.rekey()
+
+
+def _prefilled_elsewhere(request: Any) -> bool:
+    """Its KV comes with it once; after an eviction it has to be computed here."""
+    params = request.kv_transfer_params
+    return isinstance(params, dict) and bool(params.get("do_remote_prefill"))
 
 
 def _only_prefill(request: Any) -> bool:

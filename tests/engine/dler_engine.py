@@ -1,21 +1,18 @@
-"""Real engines side by side, stock and length-aware, each in a process of its own; see :mod:`pd`, whose handle this
-extends. The parent imports vLLM once and forks; each child builds an in-process engine and obeys over a pipe.
-"""
+"""Real engines side by side, stock and length-aware, each in a process of its own; see :mod:`child`."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing as mp
 import os
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pd import CALL_TIMEOUT_S, ENGINE_ENV, Engine, import_engine, prompt
+from child import CALL_TIMEOUT_S, TINY, Child, environment, scheduler, serve, side_by_side
+from pd import prompt
 
 STOCK = None
 OURS = "vllm_suite.compat.scheduler.make_scheduler"
@@ -62,16 +59,11 @@ class Spec:
     llm: dict[str, Any] = field(default_factory=dict)
 
 
-class DlerEngine(Engine):
+class DlerEngine(Child):
     """Parent's handle of a child engine."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec  # type: ignore[assignment]  # what the base class reads of it has the same name
-        context = mp.get_context("fork")
-        self.pipe, child_end = context.Pipe()
-        self.process = context.Process(target=_child, args=(child_end, spec), daemon=True)
-        self.process.start()
-        child_end.close()
+        super().__init__(_child, spec)
 
     def ask(
         self, asks: Sequence[Ask], aborts: dict[int, int] | None = None, reset_after: int | None = None
@@ -87,16 +79,8 @@ class DlerEngine(Engine):
 @contextlib.contextmanager
 def engines(*specs: Spec) -> Iterator[list[DlerEngine]]:
     """Start engines side by side and end them afterwards, whatever happened."""
-    import_engine()
-    started: list[DlerEngine] = []
-    try:
-        started.extend(DlerEngine(spec) for spec in specs)
-        for engine in started:
-            engine.wait_ready()
+    with side_by_side(DlerEngine, specs) as started:
         yield started
-    finally:
-        for engine in started:
-            engine.close()
 
 
 # --- in the child ---
@@ -113,46 +97,19 @@ def make_ahead(*, vllm_config: Any, **kwargs: Any) -> Any:
         vllm_config.scheduler_config.async_scheduling = False
 
 
-def scheduler(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
-
-
 def _child(pipe: Connection, spec: Spec) -> None:
-    os.environ.update(ENGINE_ENV)
-    os.environ["VLLM_SUITE_INSTANCE_ID"] = spec.name
-    os.environ["VLLM_SUITE_EPOCH"] = os.urandom(8).hex()
-    if spec.scheduler in (OURS, AHEAD):
-        os.environ["VLLM_SUITE_PLUGINS"] = "dler"
-    try:
-        llm = _make_llm(spec)
-    except BaseException:  # noqa: BLE001  the parent reports it
-        pipe.send(traceback.format_exc())
-        os._exit(1)
-    pipe.send("ready")
-    while True:
-        try:
-            _, function, arguments = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            pipe.send(("ok", function(llm, *arguments)))
-        except BaseException:  # noqa: BLE001  the parent reports it
-            pipe.send(("error", traceback.format_exc()))
+    environment(spec.name, {"VLLM_SUITE_PLUGINS": "dler"} if spec.scheduler in (OURS, AHEAD) else {})
+    serve(pipe, lambda: _make_llm(spec), idle_steps=False)
 
 
 def _make_llm(spec: Spec) -> Any:
     from vllm import LLM
 
     options: dict[str, Any] = {
-        "dtype": "float32",
-        "enforce_eager": True,
+        **TINY,
         "max_model_len": 1024,
         "max_num_seqs": 4,
         "num_gpu_blocks_override": 64,
-        "kv_cache_memory_bytes": 64 << 20,
-        "block_size": 32,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
         "scheduler_cls": spec.scheduler,
         "additional_config": {"suite": {"dler": spec.suite}} if spec.suite else {},
     }

@@ -1,25 +1,22 @@
 """Real multimodal engines, each in a process of its own: E, P, D, PD, `any` and monolithic ones.
 
-As in :mod:`pd`, whose handle this extends, the parent imports vLLM once and forks; each child builds an in-process
-engine and obeys commands over a pipe. Encoder outputs move between the processes as between servers. A probe around
-the model's own ``embed_multimodal`` counts what the encoder really computed.
+Encoder outputs move between the processes, see :mod:`child`, as between servers. A probe around the model's own
+``embed_multimodal`` counts what the encoder really computed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing as mp
-import os
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from pd import CALL_TIMEOUT_S, ENGINE_ENV, PREFILL_PARAMS, Engine, free_port, import_engine
+from child import CALL_TIMEOUT_S, TINY, Child, environment, free_port, serve, side_by_side
+from pd import PREFILL_PARAMS
 
 from vllm_suite.fleet.pictures_parts import Part, user_message
 
@@ -106,17 +103,13 @@ class Spec:
     llm: dict[str, Any] = field(default_factory=dict)
 
 
-class EpdEngine(Engine):
+class EpdEngine(Child):
     """Parent's handle of a child engine."""
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec  # type: ignore[assignment]  # what the base class reads of it has the same name
+        self.spec = spec
         self.side_port, self.ec_port = free_port(), int(spec.env.get("VLLM_EC_SIDE_CHANNEL_PORT") or free_port())
-        context = mp.get_context("fork")
-        self.pipe, child_end = context.Pipe()
-        self.process = context.Process(target=_child, args=(child_end, spec, self.side_port, self.ec_port), daemon=True)
-        self.process.start()
-        child_end.close()
+        super().__init__(_child, spec, self.side_port, self.ec_port)
 
     def ask_many(self, asks: Sequence[Ask], timeout_s: float = CALL_TIMEOUT_S) -> list[Answer]:
         """Send requests together and wait for all of them."""
@@ -134,7 +127,7 @@ class EpdEngine(Engine):
         assert answer.ec is not None
         return answer.ec
 
-    def prefill(self, parts: Sequence[Part], ec: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+    def prefill(self, parts: Sequence[Part], ec: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Compute the KV for a decode instance; returns its kv_transfer_params."""
         answer = self.ask(parts, ec=ec, kv=dict(PREFILL_PARAMS), max_tokens=1, **options)
         assert answer.kv is not None, answer
@@ -155,18 +148,8 @@ class EpdEngine(Engine):
 @contextlib.contextmanager
 def engines(*specs: Spec) -> Iterator[list[EpdEngine]]:
     """Start engines side by side and end them afterwards, whatever happened."""
-    import_engine()
-    for module in _MODULES:
-        importlib.import_module(module)
-    started: list[EpdEngine] = []
-    try:
-        started.extend(EpdEngine(spec) for spec in specs)
-        for engine in started:
-            engine.wait_ready()
+    with side_by_side(EpdEngine, specs, *_MODULES) as started:
         yield started
-    finally:
-        for engine in started:
-            engine.close()
 
 
 def kind_of(part: Part) -> str | None:
@@ -205,48 +188,26 @@ def without_media(family: str, parts: Sequence[Part], ec: dict[str, Any]) -> lis
 
 
 def _child(pipe: Connection, spec: Spec, side_port: int, ec_port: int) -> None:
-    os.environ.update(ENGINE_ENV)
-    os.environ["VLLM_SUITE_INSTANCE_ID"] = spec.name
-    os.environ["VLLM_SUITE_EPOCH"] = os.urandom(8).hex()
-    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_port)
-    os.environ["VLLM_EC_SIDE_CHANNEL_PORT"] = str(ec_port)
-    os.environ["VLLM_EC_SIDE_CHANNEL_HOST"] = "127.0.0.1"
-    os.environ.update(spec.env)
+    ports = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port), "VLLM_EC_SIDE_CHANNEL_PORT": str(ec_port)}
+    environment(spec.name, ports, {"VLLM_EC_SIDE_CHANNEL_HOST": "127.0.0.1"}, spec.env)
     # The sampler compiles a small function the first time that somebody wants logprobs: two seconds for each engine.
     importlib.import_module("torch._dynamo").config.disable = True
-    try:
+
+    def make() -> Any:
         llm = _make_llm(spec)
-    except BaseException:  # noqa: BLE001  the parent reports it
-        pipe.send(traceback.format_exc())
-        os._exit(1)
-    _probe(llm)
-    pipe.send("ready")
-    while True:
-        while not pipe.poll(0.002):
-            llm.llm_engine.step()
-        try:
-            message = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        try:
-            pipe.send(("ok", _obey(llm, *message)))
-        except BaseException:  # noqa: BLE001  the parent reports it
-            pipe.send(("error", traceback.format_exc()))
+        _probe(llm)
+        return llm
+
+    serve(pipe, make, {"ask": _ask})
 
 
 def _make_llm(spec: Spec) -> Any:
     from vllm import LLM
 
     options: dict[str, Any] = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 2048,
-        "max_num_seqs": 8,
+        **TINY,
         "num_gpu_blocks_override": spec.blocks,
-        "kv_cache_memory_bytes": 64 << 20,
-        "block_size": 32,
         "enable_prefix_caching": spec.prefix_caching,
-        "disable_log_stats": False,
     }
     if spec.role in EC_ROLES:
         name, module = spec.connector
@@ -267,15 +228,6 @@ def _make_llm(spec: Spec) -> Any:
             "kv_connector_extra_config": {"suite": {}},
         }
     return LLM(str(spec.model), **{**options, **spec.llm})
-
-
-def _obey(llm: Any, command: str, *args: Any) -> Any:
-    if command == "ask":
-        return _ask(llm, *args)
-    if command == "call":
-        function, rest = args
-        return function(llm, *rest)
-    raise ValueError(command)
 
 
 def _ask(llm: Any, asks: list[Ask]) -> list[Answer]:

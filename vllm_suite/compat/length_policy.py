@@ -22,11 +22,13 @@ class LengthPolicy(Protocol):
         reorders: False where vLLM's own queues and victims stay; read once.
         sorts_running: whether `sort_running` is wanted before steps that may evict; read once.
         gates: whether `places` is wanted before steps that may admit.
+        headroom_tokens: tokens of KV cache that an admission leaves free for each running request.
     """
 
     reorders: bool
     sorts_running: bool
     gates: bool
+    headroom_tokens: int
 
     def queue(self, base: type) -> Any:
         """A new queue, of a class that derives from ``base``, vLLM's `RequestQueue`."""

@@ -42,6 +42,7 @@ class LengthAwareScheduler(Scheduler):
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self._smallest_block = min((spec.block_size for spec in specs), default=self.block_size)
         self._kv_groups = len(specs)
+        self._watermark = self.kv_cache_manager.watermark_blocks
         if self.length_policy.reorders:
             self.policy = SchedulingPolicy.FCFS
             self.waiting = self.length_policy.queue(RequestQueue)
@@ -63,6 +64,10 @@ class LengthAwareScheduler(Scheduler):
         if policy.sorts_running and len(self.running) > 1 and self._may_evict():
             policy.sort_running(self.running)
         active = self.max_num_active_reqs
+        if policy.headroom_tokens:
+            # vLLM keeps it for those that wait, and only while something runs.
+            room = -(-policy.headroom_tokens * len(self.running) // self._smallest_block) * self._kv_groups
+            self.kv_cache_manager.watermark_blocks = max(self._watermark, room)
         if policy.gates and self.waiting:
             self.max_num_active_reqs = min(active, self._gated(policy))
         self._scheduling = True
@@ -107,11 +112,22 @@ class LengthAwareScheduler(Scheduler):
         return int(manager.get_computed_blocks(request)[1])
 
     def _may_evict(self) -> bool:
-        """Whether this step could run out of blocks before all running requests have theirs: each may begin one, or
-        some more with speculation, and all tokens of the step may fill others."""
-        each = 1 + -(-self.num_lookahead_tokens // self._smallest_block)
-        worst = self.max_num_scheduled_tokens // self._smallest_block + each * len(self.running)
-        return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() < worst * self._kv_groups)
+        """Whether this step could run out of blocks before all running requests have theirs.
+
+        Each begins one at most, or some more with speculation; while prompts are under way, all tokens of the step may
+        fill others. Where that could be too many, those that are at the end of a block are counted.
+        """
+        running, size = self.running, self._smallest_block
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        ahead = self.num_lookahead_tokens + self.num_spec_tokens
+        worst = (1 + -(-ahead // size)) * len(running)
+        if self._inflight_prefills:
+            worst += self.max_num_scheduled_tokens // size
+        if free >= worst * self._kv_groups:
+            return False
+        if ahead or self._kv_groups > 1 or self._inflight_prefills:
+            return True
+        return bool(free < sum(not request.num_computed_tokens % size for request in running))
 
     def _gated(self, policy: LengthPolicy) -> int:
         """How many requests may run. Those that hold their KV already may always: it is there."""
