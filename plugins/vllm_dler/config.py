@@ -28,7 +28,7 @@ class Section(BaseModel):
 class AdaptiveSettings(Section):
     """``kappa`` follows the load: down while the tail is out of bounds, up while short requests suffer."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="Let kappa follow the load.")
     minimum: float = Field(default=0.002, gt=0, description="Seconds per token; kappa never goes below.")
     maximum: float = Field(default=0.2, gt=0, description="Seconds per token; kappa never goes above.")
     period_s: float = Field(default=5.0, gt=0, description="Seconds between two decisions.")
@@ -69,14 +69,14 @@ class VictimSettings(Section):
 class GateSettings(Section):
     """Admit a request only where the KV cache is expected to hold all that runs, to its end."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="Admit by the expected peak.")
     usage: float = Field(default=0.95, gt=0, le=1, description="Share of the KV cache that the expected peak may take.")
 
 
 class GroupSettings(Section):
     """Samples of one prompt (``n``, or equal ``dler_group`` in ``vllm_xargs``) are one unit of work."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="False: samples are requests like others.")
     probe: float = Field(
         default=0.5,
         ge=0,
