@@ -7,8 +7,6 @@ one request and decode another without a restart.
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +16,8 @@ from vllm_disagg.config import DisaggConfig
 from vllm_disagg.exchange import PullPlan, PullReport, StepOrders, merge_reports
 from vllm_disagg.fence import FENCE_KEY, OwnView, content_digest, remote_params
 from vllm_disagg.lease_server import LeaseServer
-from vllm_disagg.leases import End, LeaseBook
+from vllm_disagg.leases import LeaseBook
+from vllm_disagg.pace import Pace
 from vllm_disagg.stats import SuiteKVStats
 from vllm_suite.compat.nixl import NixlConnectorMetadata, NixlPullConnectorScheduler
 from vllm_suite.handoff import VERSION, Handoff, Refusal, fleet_key
@@ -34,10 +33,6 @@ FIRST_LOOK_S = 0.001
 # Given up per step while the lease channel's thread may have something to say. Without it, a loop that releases the
 # interpreter lock often and briefly starves that thread: it is woken each time and finds the lock taken again.
 CHANNEL_YIELD_S = 0.0001
-
-# Longest sleep of an engine that keeps blocks and has nothing to do. A worker spins for a second after each step, so
-# short sleeps would save nothing; a consumer that pulled without a claim is noticed this late.
-MAX_IDLE_S = 10.0
 
 # kv_transfer_params of a plain prefill request; anything else a client sends with do_remote_decode is dropped.
 _PREFILL_PARAMS = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -59,11 +54,11 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         self._recompute = vllm_config.kv_transfer_config.kv_load_failure_policy == "recompute"
         self._check_side_channel_port()
         self._book = LeaseBook(self._producer, self._epoch, config.max_hold_s)
-        self._wake: Callable[[], None] = lambda: None
+        self._pace = Pace(self._book)
         self._thread = LoopThread("suite-lease-channel")
         lease_host = config.lease_host or self.side_channel_host
         lease_port = config.lease_port + rank if config.lease_port else 0
-        self._server = LeaseServer(self._book, self._thread, lease_host, lease_port, self._on_event)
+        self._server = LeaseServer(self._book, self._thread, lease_host, lease_port, self._pace.event)
         self._lease_host = lease_host
         self._claims = Claims(config, self._thread, self._producer)
         per_rank = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
@@ -74,8 +69,6 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         self._pulling: set[str] = set()
         self._reports: dict[str, PullReport] = {}
         self._reported_leases = 0
-        self._events = threading.Event()
-        self._idle_steps = 0
         logger.info(
             "disagg: instance %s epoch %s, leases at %s:%d, %s",
             self._producer, self._epoch, lease_host, self._server.port,
@@ -122,13 +115,10 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
     def _refuse(self, request: Any, reason: Refusal) -> None:
         """Drop the reference: compute locally, or fail the request where the policy says so."""
         logger.warning("disagg: request %s: reference refused: %s", request.request_id, reason)
-        self.stats.data["suite_refused"].append(reason.value)
+        self.stats.refused(reason.value, recomputed=self._recompute)
         self._refused[request.request_id] = reason
-        if self._recompute:
-            self.stats.data["suite_recomputes"].append(reason.value)
-            request.kv_transfer_params.clear()
-        else:
-            request.kv_transfer_params.clear()
+        request.kv_transfer_params.clear()
+        if not self._recompute:
             request.kv_transfer_params["do_remote_prefill"] = True
 
     # --- scheduling ---
@@ -179,7 +169,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         now = time.monotonic()
         self._book.expire(now)
         if scheduler_output.total_num_scheduled_tokens:
-            self._idle_steps = 0
+            self._pace.worked()
         meta = super().build_connector_meta(scheduler_output)
         orders = StepOrders(fail=self._to_fail, let_go=self._book.take_ended())
         self._to_fail = []
@@ -199,26 +189,12 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         for request_id in connector_output.finished_recving or ():
             self._pulling.discard(request_id)
             self._claims.finish(request_id, pulled=request_id not in failed)
-            self._record_pull(request_id, request_id in failed)
+            report = self._reports.pop(request_id, None)
+            self.stats.pulled(report, failed=request_id in failed, recomputed=self._recompute)
         now = time.monotonic()
         for request_id in connector_output.finished_sending or ():
             if ended := self._book.freed(request_id, now):
-                self.stats.data["suite_leases_ended"].append([ended.end.value, ended.held_s])
-                if ended.end is End.PULLED and ended.consumer:
-                    size = ended.blocks * self._block_bytes
-                    self.stats.data["suite_served"].append([ended.consumer, size, ended.blocks])
-
-    def _record_pull(self, request_id: str, failed: bool) -> None:
-        """Count a pull once all ranks have ended their part of it."""
-        report = self._reports.pop(request_id, None)
-        peer, size, blocks, seconds = ("", 0, 0, 0.0)
-        if report is not None:
-            peer, size, blocks, seconds = report.peer, report.size, report.blocks, report.seconds
-        outcome = "ok" if not failed else "recomputed" if self._recompute else "failed"
-        self.stats.data["suite_pulls"].append([outcome, peer, size, blocks, seconds])
-        if failed and self._recompute:
-            reason = report.failure if report is not None and report.failure else "transfer_error"
-            self.stats.data["suite_recomputes"].append(reason)
+                self.stats.lease_ended(ended, self._block_bytes)
 
     # --- end of a request ---
 
@@ -230,7 +206,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         if params and params.get("do_remote_prefill"):
             # Ended before it was scheduled. Upstream would send the workers to tell a peer that may be gone.
             params["do_remote_prefill"] = False
-            self.stats.data["suite_refused"].append(Refusal.ABANDONED.value)
+            self.stats.refused(Refusal.ABANDONED.value, recomputed=False)
         if request_id not in self._pulling:  # a pull under way keeps its claim until it ends
             self._claims.finish(request_id, pulled=False)
         delay_free, result = super().request_finished(request, block_ids)
@@ -276,29 +252,9 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
             self._server.bad_messages = 0
         return None if self.stats.is_empty() else self.stats.clone_and_reset()
 
-    def _on_event(self) -> None:
-        self._events.set()
-        self._wake()
-
     def set_wake(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
+        self._pace.wake = wake
 
     def idle_wait_s(self, unfinished: bool) -> float:
-        """See :class:`vllm_suite.compat.engine_idle.IdleAware`. Called when a step had nothing to execute.
-
-        The first steps come at vLLM's own pace of one a millisecond. Then, while a pull from or to this instance is
-        under way, one in five: a first connection needs the workers of both ends to step. With nothing but leases,
-        when the next one ends or a consumer writes.
-        """
-        if self._events.is_set():
-            self._events.clear()
-            self._idle_steps = 0
-        self._idle_steps += 1
-        if unfinished or self._pulling or self._book.being_read():
-            return 0.0 if self._idle_steps < 30 else 0.004
-        expiry = self._book.next_expiry()
-        if self._idle_steps < 10:
-            return 0.0
-        if expiry is None:
-            return math.inf  # the engine waits for another connector, or is about to have nothing to do
-        return min(max(expiry - time.monotonic(), 0.001), MAX_IDLE_S)
+        """See :class:`vllm_suite.compat.engine_idle.IdleAware`. Called when a step had nothing to execute."""
+        return self._pace.wait_s(unfinished or bool(self._pulling))

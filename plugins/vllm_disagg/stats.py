@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_disagg.exchange import PullReport
+from vllm_disagg.leases import End, Ended
 from vllm_suite.compat.nixl import KVConnectorStats, NixlKVConnectorStats, NixlPromMetrics
 from vllm_suite.engine_series import EngineSeries, MetricClasses
 from vllm_suite.metrics import KV
@@ -37,6 +39,29 @@ class SuiteKVStats(NixlKVConnectorStats):
         suite_leases: leases outstanding; the last value counts.
         suite_faults: name per contained fault that would have ended the engine.
     """
+
+    def refused(self, reason: str, *, recomputed: bool) -> None:
+        """A reference was refused; ``recomputed``: its request computes its prompt instead."""
+        self.data["suite_refused"].append(reason)
+        if recomputed:
+            self.data["suite_recomputes"].append(reason)
+
+    def pulled(self, report: PullReport | None, *, failed: bool, recomputed: bool) -> None:
+        """A pull has ended on all ranks; no ``report`` where none of them got to begin it."""
+        peer, size, blocks, seconds = ("", 0, 0, 0.0)
+        if report is not None:
+            peer, size, blocks, seconds = report.peer, report.size, report.blocks, report.seconds
+        outcome = "ok" if not failed else "recomputed" if recomputed else "failed"
+        self.data["suite_pulls"].append([outcome, peer, size, blocks, seconds])
+        if failed and recomputed:
+            reason = report.failure if report is not None and report.failure else "transfer_error"
+            self.data["suite_recomputes"].append(reason)
+
+    def lease_ended(self, ended: Ended, block_bytes: int) -> None:
+        """A lease has ended on this producer."""
+        self.data["suite_leases_ended"].append([ended.end.value, ended.held_s])
+        if ended.end is End.PULLED and ended.consumer:
+            self.data["suite_served"].append([ended.consumer, ended.blocks * block_bytes, ended.blocks])
 
     def reset(self) -> None:
         super().reset()

@@ -7,7 +7,6 @@ manifest; before that it is a hidden temporary file.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -19,15 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_suite.checkpoints import disk
+from vllm_suite.checkpoints.disk import Piece
 from vllm_suite.checkpoints.progress import Progress, human
 from vllm_suite.checkpoints.shards import Entry, Plan, Shard
-from vllm_suite.checkpoints.source import CHUNK_BYTES, CONFIG, INDEX, CheckpointError, Source, read_json
+from vllm_suite.checkpoints.source import CONFIG, INDEX, CheckpointError, Source, read_json
 
 _TEMPORARY = ".tmp"
 # What a file system needs beside the bytes themselves.
 _SPARE_BYTES = 16 << 20
 
-Piece = bytes | bytearray | memoryview
 Data = Callable[[Entry], Iterable[Piece]]
 
 
@@ -151,7 +151,7 @@ class Output:
         left: list[Shard] = []
         for shard in self._plan.shards:
             path = self.partial / shard.name
-            if path.exists() and _sha256_file(path) == self._digests.get(shard.name):
+            if path.exists() and disk.sha256_of(path) == self._digests.get(shard.name):
                 continue
             if path.exists():
                 say(f"{shard.name} is damaged; writing it again")
@@ -164,17 +164,17 @@ class Output:
         temporary = self.partial / f".{shard.name}{_TEMPORARY}"
         digest = hashlib.sha256(shard.header)
         with temporary.open("wb", buffering=0) as file:
-            _write(file.fileno(), shard.header)
+            disk.write_all(file.fileno(), shard.header)
             for entry in shard.entries:
                 for piece in data(entry):
-                    _write(file.fileno(), piece)
+                    disk.write_all(file.fileno(), piece)
                     digest.update(piece)
                     advance(len(piece))
             os.fsync(file.fileno())
         self._digests[shard.name] = digest.hexdigest()
         self.save_manifest()
         os.rename(temporary, self.partial / shard.name)
-        _sync_folder(self.partial)
+        disk.sync_folder(self.partial)
 
     def write_rest(self) -> None:
         """Copy the tokenizer and whatever else lies beside the weights; then the config; the index last."""
@@ -187,7 +187,7 @@ class Output:
 
     def finish(self) -> None:
         """Make ``OUT.partial`` ``OUT``."""
-        _sync_folder(self.partial)
+        disk.sync_folder(self.partial)
         try:
             # Onto nothing or an empty folder; anything else that has appeared meanwhile is an error, never lost.
             os.rename(self.partial, self.out)
@@ -195,7 +195,7 @@ class Output:
             raise CheckpointError(
                 f"{self.partial} is complete but cannot become {self.out}: {error.strerror}"
             ) from None
-        _sync_folder(self.out.parent)
+        disk.sync_folder(self.out.parent)
 
     def save_manifest(self) -> None:
         """Write plan, digests and notes."""
@@ -203,18 +203,7 @@ class Output:
         self._save(self._kind.manifest, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _save(self, name: str, content: bytes | Path) -> None:
-        path = self.partial / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-        with temporary.open("wb", buffering=0) as file:
-            if isinstance(content, Path):
-                with content.open("rb") as original:
-                    shutil.copyfileobj(original, file, CHUNK_BYTES)
-            else:
-                _write(file.fileno(), content)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        disk.save(self.partial / name, content, _TEMPORARY)
 
 
 def write_shards(output: Output, plan: Plan, progress: Progress, begin: Callable[[], Data]) -> dict[str, Any]:
@@ -239,30 +228,3 @@ def shards_report(plan: Plan, written: Sequence[str]) -> dict[str, Any]:
     """What a report says about weight files."""
     reused = [shard.name for shard in plan.shards if shard.name not in set(written)]
     return {"shards_written": list(written), "shards_reused": reused}
-
-
-def in_words(error: OSError, out: Path) -> str:
-    """One line for the person whose run it ended."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    advice = "; make room and run the same command again" if full else ""
-    where = f"{error.filename}: " if error.filename else f"{out}.partial: " if full else ""
-    return f"{where}{error.strerror or error}{advice}"
-
-
-def _sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(fd: int, data: Piece) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -14,7 +14,8 @@ from vllm_dler.merge.deltas import Piece as Pair
 from vllm_dler.merge.deltas import from_float32, pieces
 from vllm_dler.merge.plan import FLOATS, MergePlan, make_plan
 from vllm_dler.merge.topk import Cut, cut_model, cut_tensor, kept
-from vllm_suite.checkpoints.output import Kind, Output, Piece, in_words, shards_report, write_shards
+from vllm_suite.checkpoints.disk import Piece, in_words
+from vllm_suite.checkpoints.output import Kind, Output, shards_report, write_shards
 from vllm_suite.checkpoints.progress import Progress, human, peak_rss
 from vllm_suite.checkpoints.readback import check_structure
 from vllm_suite.checkpoints.shards import DEFAULT_SHARD_BYTES, Entry

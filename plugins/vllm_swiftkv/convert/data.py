@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from vllm_suite.checkpoints.output import Piece
+from vllm_suite.checkpoints.disk import Piece
 from vllm_suite.checkpoints.shards import Entry
 from vllm_suite.checkpoints.source import CHUNK_BYTES, Source
 

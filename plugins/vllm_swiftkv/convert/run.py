@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_suite.checkpoints.output import Kind, Output, in_words, shards_report, write_shards
+from vllm_suite.checkpoints.disk import in_words
+from vllm_suite.checkpoints.output import Kind, Output, shards_report, write_shards
 from vllm_suite.checkpoints.progress import Progress, human, peak_rss
 from vllm_suite.checkpoints.shards import DEFAULT_SHARD_BYTES
 from vllm_suite.checkpoints.source import CheckpointError, Source
