@@ -3,7 +3,7 @@ PY := .venv/bin/python
 TEST_ARGS ?=
 DEMO_ARGS ?=
 
-.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo demo-epd bench gpu clean
+.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo demo-epd bench bench-scheduler gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,9 @@ demo-epd: setup ## 2 encoders + 1 prefill + 1 decode + router on pictures, prove
 bench: setup ## every benchmark, JSON under build/bench
 	@mkdir -p build/bench
 	@for b in benchmarks/bench_*.py; do echo "== $$b"; $(PY) $$b --json build/bench/$$(basename $$b .py).json || exit 1; done
+
+bench-scheduler: setup ## length-aware scheduling beside vLLM's own on recorded requests: hours on 2 cores, resumes
+	$(PY) benchmarks/scheduler_replay.py --seeds 4 --json build/bench/scheduler_replay.json --plot build/bench/scheduler_replay.svg
 
 gpu: setup ## tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests $(TEST_ARGS)
