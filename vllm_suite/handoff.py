@@ -52,6 +52,14 @@ class Refusal(StrEnum):
     READ_FAILED = "read_failed"  # the transfer failed or missed its deadline
     NOT_STORED = "not_stored"  # the producer made it and could not keep it
 
+    @classmethod
+    def said(cls, value: str) -> Refusal:
+        """What a peer says; ``UNKNOWN`` where it is no reason of this version."""
+        try:
+            return cls(value)
+        except ValueError:
+            return cls.UNKNOWN
+
 
 class Handoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One fenced reference. Every field is compared; none is advisory.

@@ -16,22 +16,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_disagg.config import DisaggConfig
-from vllm_disagg.protocol import (
-    Answer,
-    BadMessage,
-    Claim,
-    Done,
-    Release,
-    Renew,
-    Request,
-    answer_decoder,
-    frame,
-    read_frame,
-)
+from vllm_disagg.protocol import MAX_MESSAGE_BYTES, Answer, Claim, Done, Release, Renew, answer_decoder
+from vllm_suite.frames import read_frame
 from vllm_suite.handoff import Handoff, Refusal
 from vllm_suite.loop_thread import LoopThread
+from vllm_suite.peer_channel import Patience, PeerChannel
 
 logger = logging.getLogger("vllm.suite.disagg")
+
+# A connection unused for this long is forgotten.
+FORGET_S = 300.0
 
 
 class PeerKey(NamedTuple):
@@ -149,7 +143,7 @@ class Claims:
         if isinstance(outcome, Refusal):
             claim.refusal = outcome
         elif outcome.refusal:
-            claim.refusal = _known_refusal(outcome.refusal)
+            claim.refusal = Refusal.said(outcome.refusal)
         else:
             # From the sending: the producer counts from the receipt, which is later.
             claim.until = sent + outcome.hold_s - self._config.margin_s
@@ -186,96 +180,14 @@ class Claims:
             claim.until = max(claim.until, sent + outcome.hold_s - self._config.margin_s)
 
 
-def _known_refusal(value: str) -> Refusal:
-    try:
-        return Refusal(value)
-    except ValueError:
-        return Refusal.UNKNOWN
-
-
-class _Peer:
-    """One connection, its unanswered messages, and how the producer behaved lately."""
+class _Peer(PeerChannel[Answer]):
+    """The lease channel to one producer's life."""
 
     def __init__(self, key: PeerKey, config: DisaggConfig) -> None:
-        self.key = key
+        patience = Patience(config.claim_timeout_s, config.peer_retry_s, config.peer_retry_max_s, FORGET_S)
+        super().__init__(key.host, key.port, patience, logger, "lease channel")
         self.background: set[asyncio.Task[Answer | Refusal]] = set()
-        self._config = config
-        self._seq = 0
-        self._failures = 0
-        self._retry_at = 0.0
-        self._last_used = time.monotonic()
-        self._writer: asyncio.StreamWriter | None = None
-        self._waiting: dict[int, asyncio.Future[Answer]] = {}
-        self._connecting = asyncio.Lock()
-        self._reading: asyncio.Task[None] | None = None
 
-    def next_seq(self) -> int:
-        self._seq += 1
-        return self._seq
-
-    def forgettable(self, now: float) -> bool:
-        """Nothing under way and unused for as long as a failure is remembered."""
-        return not self._waiting and now - self._last_used > max(300.0, self._config.peer_retry_max_s)
-
-    async def ask(self, message: Request) -> Answer | Refusal:
-        """Send and wait for the answer, at most ``claim_timeout_s``; a refusal when the producer is gone."""
-        now = time.monotonic()
-        self._last_used = now
-        if self._failures and now < self._retry_at:
-            return Refusal.PEER_DEAD
-        if self._failures:
-            self._retry_at = now + self._config.claim_timeout_s  # one probe at a time
-        try:
-            async with asyncio.timeout(self._config.claim_timeout_s):
-                answer = await self._exchange(message)
-        except TimeoutError:
-            self._failed("no answer")
-            return Refusal.CLAIM_TIMEOUT
-        except (OSError, asyncio.IncompleteReadError, BadMessage) as error:
-            self._failed(str(error) or type(error).__name__)
-            return Refusal.PEER_DEAD
-        self._failures = 0
+    async def _next(self, reader: asyncio.StreamReader) -> Answer:
+        answer: Answer = await read_frame(reader, answer_decoder, limit=MAX_MESSAGE_BYTES)
         return answer
-
-    async def _exchange(self, message: Request) -> Answer:
-        async with self._connecting:
-            if self._writer is None:
-                reader, self._writer = await asyncio.open_connection(self.key.host, self.key.port)
-                self._reading = asyncio.create_task(self._read(reader, self._writer))
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[message.seq] = future
-        try:
-            self._writer.write(frame(message))
-            return await future
-        finally:
-            self._waiting.pop(message.seq, None)
-
-    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        error: Exception = ConnectionResetError("connection closed")
-        try:
-            while True:
-                answer = await read_frame(reader, answer_decoder)
-                future = self._waiting.get(answer.seq)
-                if future is not None and not future.done():
-                    future.set_result(answer)
-        except (OSError, asyncio.IncompleteReadError, BadMessage) as failure:
-            error = failure
-        finally:
-            writer.close()
-            if self._writer is writer:
-                self._writer = None
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(error)
-
-    def _failed(self, reason: str) -> None:
-        pause = min(self._config.peer_retry_s * 2**self._failures, self._config.peer_retry_max_s)
-        self._failures = min(self._failures + 1, 16)
-        self._retry_at = time.monotonic() + pause
-        logger.warning(
-            "lease channel: producer at %s:%d failed (%s); not asked again for %.0f s",
-            self.key.host, self.key.port, reason, pause,
-        )  # fmt: skip
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None

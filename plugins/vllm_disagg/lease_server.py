@@ -11,18 +11,8 @@ import time
 from collections.abc import Callable
 
 from vllm_disagg.leases import LeaseBook
-from vllm_disagg.protocol import (
-    Answer,
-    BadMessage,
-    Claim,
-    Done,
-    Release,
-    Renew,
-    Request,
-    frame,
-    read_frame,
-    request_decoder,
-)
+from vllm_disagg.protocol import MAX_MESSAGE_BYTES, Answer, Claim, Done, Release, Renew, Request, request_decoder
+from vllm_suite.frames import BadMessage, frame, read_frame
 from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread, bind
 
@@ -52,7 +42,8 @@ class LeaseServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while True:
-                message = await asyncio.wait_for(read_frame(reader, request_decoder), IDLE_TIMEOUT_S)
+                reading = read_frame(reader, request_decoder, limit=MAX_MESSAGE_BYTES)
+                message = await asyncio.wait_for(reading, IDLE_TIMEOUT_S)
                 writer.write(frame(self._answer(message)))
                 await writer.drain()
         except BadMessage as error:

@@ -1,4 +1,4 @@
-"""Messages of the lease channel: one TCP connection per consumer and producer, msgpack behind a 4-byte length.
+"""Messages of the lease channel: one TCP connection per consumer and producer, framed as in :mod:`vllm_suite.frames`.
 
 The channel carries no KV and no prompt: references, nonces and answers only. Both sides check every message
 against these types; anything else closes the connection.
@@ -6,16 +6,11 @@ against these types; anything else closes the connection.
 
 from __future__ import annotations
 
-import asyncio
-import struct
-from typing import Any
-
 import msgspec
 
 from vllm_suite.handoff import Handoff
 
 MAX_MESSAGE_BYTES = 64 * 1024
-_LENGTH = struct.Struct("!I")
 
 
 class Claim(msgspec.Struct, frozen=True, tag="claim", forbid_unknown_fields=True):
@@ -68,32 +63,5 @@ class Answer(msgspec.Struct, frozen=True, tag="answer", forbid_unknown_fields=Tr
 
 Request = Claim | Renew | Release | Done
 
-_encoder = msgspec.msgpack.Encoder()
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-
-
-class BadMessage(ValueError):
-    """The peer sent something that is no message of this channel."""
-
-
-def frame(message: Request | Answer) -> bytes:
-    """``message`` as bytes for the wire."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    """Next message.
-
-    Raises:
-        BadMessage: too long, or not what ``decoder`` expects.
-        asyncio.IncompleteReadError: the peer closed the connection.
-    """
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > MAX_MESSAGE_BYTES:
-        raise BadMessage(f"message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    try:
-        return decoder.decode(await reader.readexactly(length))
-    except msgspec.MsgspecError as error:
-        raise BadMessage(str(error)) from error
