@@ -74,7 +74,7 @@ class LengthPolicy:
         self._touched: set[Tracked] = set()  # whose group learned something
         self._victims = Victims(settings.victims, self.tracked, self._expected)
         self._queues: list[LengthQueue] = []
-        self._stops: list[str] = []
+        self._stops: dict[str, None] = {}  # in order
         self._sorted = False  # whether victims were chosen for this step
         self._learned = 0  # finished requests that waiting ones do not know of
         self._relearned = self.now
@@ -115,7 +115,8 @@ class LengthPolicy:
         )
         self._states[request.request_id] = state
         if settings.groups.enabled and arguments.group is not None:
-            self._groups.join(arguments.group, state, arguments.stop_after)
+            group = self._groups.join(arguments.group, state, arguments.stop_after)
+            self._stops.update({request.request_id: None} if group.enough() else {})  # it came too late
         state.predicted = self._place(state)
         self.waits.arrived(state)
         return state
@@ -177,7 +178,8 @@ class LengthPolicy:
     def evicted(self, request: Any, reason: Eviction) -> None:
         """A running request is about to be queued again, without its KV."""
         state = self.tracked(request)
-        state.evictions += 1
+        if reason == "kv_full":
+            state.evictions += 1
         state.base = request.num_output_tokens
         foreseen = self._sorted or not self.sorts_running or reason != "kv_full"
         self.stats.count("evictions", reason if foreseen else "unforeseen")
@@ -197,7 +199,7 @@ class LengthPolicy:
             self.lengths.observe(state.keys, tokens, censored=not exact, now=self.now, group=name)
             self._learned += 1
         if group is not None:
-            self._stops += self._groups.leave(state, tokens if exact else None)
+            self._stops.update(dict.fromkeys(self._groups.leave(state, tokens if exact else None)))
             if group.members:
                 self._touched.update(group.members.values())
             else:
@@ -209,7 +211,8 @@ class LengthPolicy:
         """Ids of requests that are no longer wanted: enough of their group have finished."""
         if not self._stops:
             return []
-        stops, self._stops = self._stops, []
+        stops = [request_id for request_id in self._stops if request_id in self._states]
+        self._stops.clear()
         self.stats.count("group_stops", amount=len(stops))
         return stops
 

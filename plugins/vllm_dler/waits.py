@@ -53,6 +53,8 @@ class Waits:
             return
         if self._in_turn and state.seq >= self._in_turn[0][0]:
             self._left.add(state.seq)
+            while self._in_turn and self._in_turn[0][0] in self._left:
+                self._left.discard(self._in_turn.popleft()[0])
         else:  # its turn has been, and somebody else is still to have his
             self._next(state.arrival)
 

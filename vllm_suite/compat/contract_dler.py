@@ -102,6 +102,7 @@ _REQUEST_ROWS = (
         )
     ),
     Contract(f"{_REQUEST}.num_output_tokens", "property", "length so far"),
+    Contract("vllm.lora.request:LoRARequest.lora_name", "attribute", "class"),
     Contract(f"{_REQUEST}.is_finished", "method", "nothing to end", ("self",)),
     Contract(f"{_STATUS}.FINISHED_STOPPED", "attribute", "a length that is known"),
     Contract(f"{_STATUS}.FINISHED_LENGTH_CAPPED", "attribute", "a length that was cut"),
