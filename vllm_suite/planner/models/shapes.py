@@ -183,11 +183,3 @@ class Model:
     def kv_values(self) -> int:
         """Cache elements that one token adds over all layers, before any window closes."""
         return sum(layer.attention.kv_values for layer in self.layers if layer.attention)
-
-
-def experts_met(experts: int, used: int, rows: float) -> float:
-    """Different experts that `rows` rows reach when each is sent to `used` of them at random, without preference.
-
-    Real routers prefer some experts, so this is an upper bound of the weights read.
-    """
-    return float(experts * (1.0 - (1.0 - used / experts) ** rows))
