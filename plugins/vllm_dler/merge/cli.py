@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="tensor",
         help="whether the share is taken of each tensor or of the whole model (tensor)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("base", "tuned"),
+        default="base",
+        help="whose dtype the result has, where training kept its weights in another (base)",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new or empty folder")
     parser.add_argument(
         "--shard-size", type=_size, default="4GiB", metavar="SIZE", help="of a weight file, such as 500MB (4GiB)"
@@ -44,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         keep=args.keep,
         scale=args.scale,
         scope=args.scope,
+        dtype=args.dtype,
         shard_bytes=args.shard_size,
         verify=not args.no_verify,
     )

@@ -13,10 +13,13 @@ from vllm_suite.checkpoints.source import CheckpointError, Source
 
 FORMAT = 1
 SCOPES = ("tensor", "global")
+DTYPES = ("base", "tuned")
 FLOATS = ("F32", "F16", "BF16")
 _QUANTIZED = ("quantization_config", "compression_config")
+# How config.json calls the dtype of the weights, in transformers 4 and 5.
+_DTYPE = frozenset({"torch_dtype", "dtype"})
 # What differs between any two saves and says nothing about the model.
-_INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+_INCIDENTAL = _DTYPE | {"_name_or_path", "transformers_version", "use_cache"}
 _NAMED_AT_MOST = 3
 
 
@@ -31,28 +34,34 @@ class MergePlan(Plan):
     differences: tuple[str, ...]
 
 
-def make_plan(base: Source, tuned: Source, keep: float, scale: float, scope: str, limit: int) -> MergePlan:
-    """Raises CheckpointError where the two are no base and its tuned form, or a setting is out of range."""
+def make_plan(base: Source, tuned: Source, keep: float, scale: float, scope: str, dtype: str, limit: int) -> MergePlan:
+    """`dtype` says whose the result has. Raises CheckpointError where the two are no base and its tuned form, or a
+    setting is out of range."""
     if not 0 < keep <= 1:
         raise CheckpointError(f"--keep is a share of the updates above 0 and at most 1, not {keep:g}")
     if not (scale > 0 and math.isfinite(scale)):
         raise CheckpointError(f"--scale is a positive number, not {scale:g}")
     if scope not in SCOPES:
         raise CheckpointError(f"--scope is one of {', '.join(SCOPES)}, not {scope!r}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     if base.folder.resolve() == tuned.folder.resolve():
         raise CheckpointError(f"--base and --tuned are the same folder, {base.folder}")
     differences = _compare_configs(base, tuned)
     tied = _tied_copies(base, tuned)
     names = _compare_tensors(base, tuned, tied)
-    entries = [Entry(name, tuned.tensors[name].dtype, tuned.tensors[name].shape, (name,)) for name in names]
+    like = base if dtype == "base" else tuned
+    entries = [Entry(name, like.tensors[name].dtype, like.tensors[name].shape, (name,)) for name in names]
     return MergePlan(
         shards=pack(sorted(entries, key=lambda entry: natural_order(entry.name)), limit),
-        config=tuned.config,
+        config={k: v for k, v in tuned.config.items() if k not in _DTYPE}
+        | {k: v for k, v in like.config.items() if k in _DTYPE},
         facts={
             "format": FORMAT,
             "keep": keep,
             "scale": scale,
             "scope": scope,
+            "dtype": dtype,
             "shard_size": limit,
             "base": {name: base.files[name].identity for name in sorted(base.files)},
             "tuned": {name: tuned.files[name].identity for name in sorted(tuned.files)},

@@ -41,7 +41,8 @@ class ReadBackError(CheckpointError):
 @dataclass(frozen=True)
 class Request:
     """What to merge: `base` + `scale` x the largest `keep` of (`tuned` - `base`), a share of each tensor's elements
-    or, with `scope` "global", of the whole model's. `shard_bytes`: data per weight file."""
+    or, with `scope` "global", of the whole model's. `dtype`: whose the result has, the base's or the tuned model's.
+    `shard_bytes`: data per weight file."""
 
     base: Path
     tuned: Path
@@ -49,6 +50,7 @@ class Request:
     keep: float = 0.25
     scale: float = 0.7
     scope: str = "tensor"
+    dtype: str = "base"
     shard_bytes: int = DEFAULT_SHARD_BYTES
     verify: bool = True
 
@@ -56,14 +58,16 @@ class Request:
 def merge(request: Request, progress: Progress) -> dict[str, Any]:
     """Do it, or go on with it, and return a report of JSON types.
 
-    Tensors come out in the tuned checkpoint's dtype, with its config and tokenizer. Memory beyond the interpreter's
+    The result has the tuned checkpoint's config and tokenizer. Memory beyond the interpreter's
     is a few tens of MiB and, with `scope` "global", 8 KiB a tensor. Raises CheckpointError with one line for the
     person who asked; then ``OUT`` does not exist, and what ``OUT.partial`` holds is used by the next attempt.
     """
     began = time.monotonic()
     try:
         with Source(request.base) as base, Source(request.tuned) as tuned:
-            plan = make_plan(base, tuned, request.keep, request.scale, request.scope, request.shard_bytes)
+            plan = make_plan(
+                base, tuned, request.keep, request.scale, request.scope, request.dtype, request.shard_bytes
+            )
             if plan.differences:
                 progress.say(f"config.json differs in {', '.join(plan.differences)}; the tuned model's is taken")
             done = _Merge(request, plan, base, tuned, progress).run()
@@ -77,6 +81,7 @@ def merge(request: Request, progress: Progress) -> dict[str, Any]:
         "keep": request.keep,
         "scale": request.scale,
         "scope": request.scope,
+        "dtype": request.dtype,
         "tensors": sum(1 for _ in plan.entries),
         "copied": list(plan.copied),
         "tied": list(plan.tied),

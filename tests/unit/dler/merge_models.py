@@ -37,7 +37,7 @@ def read(folder: Path) -> Tensors:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def reference(base: Tensors, tuned: Tensors, keep: float, scale: float, scope: str) -> Tensors:
+def reference(base: Tensors, tuned: Tensors, keep: float, scale: float, scope: str, dtype: str = "base") -> Tensors:
     """base + scale * the largest updates: sorted in memory, stably, in the order of name and index."""
     names = sorted(base)
     updates = {name: (tuned[name].float() - base[name].float()).flatten() for name in names}
@@ -52,7 +52,7 @@ def reference(base: Tensors, tuned: Tensors, keep: float, scale: float, scope: s
         for name, mask in zip(group, chosen.split([len(updates[name]) for name in group]), strict=True):
             old = base[name].float().flatten()
             new = torch.where(mask, old + torch.tensor(scale, dtype=torch.float32) * updates[name], old)
-            merged[name] = new.to(tuned[name].dtype).reshape(base[name].shape)
+            merged[name] = new.to((base if dtype == "base" else tuned)[name].dtype).reshape(base[name].shape)
     return merged
 
 

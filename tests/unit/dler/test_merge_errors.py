@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {
     ),
     "nothing learned": (weights, weights, {}, {}, "no weight of {tuned} differs from {base}"),
     "too large for its dtype": (
-        lambda: weights(x=torch.full((2,), 1e6)), lambda: weights(x=torch.full((2,), 6e4, dtype=torch.float16)), {}, {},
+        lambda: weights(x=torch.full((2,), 6e4, dtype=torch.float16)), lambda: weights(x=torch.full((2,), 1e6)), {}, {},
         "x: a merged weight is too large for F16",
     ),
 }  # fmt: skip

@@ -124,6 +124,22 @@ def test_the_result_loads(tmp_path: Path) -> None:
     assert equal({n: p.detach() for n, p in merged.named_parameters()}, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kept", "config"),
+    [("base", torch.bfloat16, {"torch_dtype": "bfloat16"}), ("tuned", torch.float32, {"dtype": "float32"})],
+)
+def test_training_in_float32(ram: Path, dtype: str, kept: Any, config: dict[str, str]) -> None:
+    base = model(0)
+    tuned = {name: tensor.float() + 1e-4 for name, tensor in base.items()}
+    pair = write(ram / "base", base, torch_dtype="bfloat16"), write(ram / "tuned", tuned, dtype="float32")
+    run(pair, ram / "out", keep=0.2, dtype=dtype)
+    result = read(ram / "out")
+    assert {tensor.dtype for tensor in result.values()} == {kept}
+    assert equal(result, reference(base, tuned, 0.2, 0.7, "global", dtype))
+    said = json.loads((ram / "out" / "config.json").read_text())
+    assert {key: said[key] for key in ("dtype", "torch_dtype") if key in said} == config
+
+
 def test_a_stored_copy_of_tied_embeddings_is_left_out(ram: Path) -> None:
     base = model(0)
     base["lm_head.weight"] = base["model.embed_tokens.weight"].clone()
@@ -227,6 +243,7 @@ def test_going_on_selects_nothing_again(pair: tuple[Path, Path], ram: Path) -> N
         ({"keep": 0.5}, "keep 0.25 there, 0.5 here"),
         ({"scale": 1.0}, "scale 0.7 there, 1.0 here"),
         ({"scope": "tensor"}, "scope global there, tensor here"),
+        ({"dtype": "tuned"}, "dtype base there, tuned here"),
         ({"shard_bytes": 9_000}, "shard_size 10000 there, 9000 here"),
     ],
 )

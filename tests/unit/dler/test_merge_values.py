@@ -176,11 +176,12 @@ def models(draw: st.DrawFn) -> tuple[Any, Any]:
     st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.99, 1.0]),
     st.sampled_from([0.7, 1.0, 0.3]),
     st.sampled_from(["tensor", "global"]),
+    st.sampled_from(["base", "tuned"]),
     st.sampled_from([1, 5, 1 << 18]),
     st.sampled_from([11, 15, 20]),
 )
 def test_any_model_as_in_memory(
-    model: tuple[Any, Any], keep: float, scale: float, scope: str, piece: int, lower_bits: int
+    model: tuple[Any, Any], keep: float, scale: float, scope: str, dtype: str, piece: int, lower_bits: int
 ) -> None:
     base, tuned = model
     if not any((tuned[name].float() != base[name].float()).any() for name in base):
@@ -189,6 +190,6 @@ def test_any_model_as_in_memory(
         patch.setattr("vllm_dler.merge.deltas.PIECE", piece)
         patch.setattr(topk, "LOWER_OF_TENSOR", lower_bits)
         patch.setattr(topk, "LOWER_OF_MODEL", lower_bits)
-        result, report = merged(Path(folder), base, tuned, keep=keep, scale=scale, scope=scope)
-    assert equal(result, reference(base, tuned, keep, scale, scope))
+        result, report = merged(Path(folder), base, tuned, keep=keep, scale=scale, scope=scope, dtype=dtype)
+    assert equal(result, reference(base, tuned, keep, scale, scope, dtype))
     assert report["changed"] == sum(int((tuned[n].float() != base[n].float()).sum()) for n in base)
