@@ -25,8 +25,7 @@ _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 # The death of a parent with several threads arrives as several signals at once; they are one request.
 _ONE_REQUEST_S = 0.5
 _ORPHAN_GRACE_S = 3.0  # for what outlives the command; multiprocessing's resource tracker cleans up in it
-_YOUNG_S = 60.0
-_SAMPLE_YOUNG_S, _SAMPLE_S = 1.0, 15.0
+_LOOK_S, _SAMPLE_S = 1.0, 15.0
 _SHM = "/dev/shm/"
 
 
@@ -115,8 +114,8 @@ class Keeper:
         self.asked: float | None = None
         self.deadline: float | None = None
         self.shm: set[str] = set()
-        self.started = time.monotonic()
-        self.next_sample = 0.0
+        self.shm_mtime: tuple[int, int] = (0, 0)  # of the folder, at the last look and the one before
+        self.next_look = self.next_sample = 0.0
 
     def start(self) -> None:
         """Fork and exec the command; it dies with the keeper."""
@@ -162,7 +161,7 @@ class Keeper:
         signal_all(descendants(os.getpid()), signal.SIGCONT)
 
     def _pause_s(self) -> float:
-        until = self.next_sample if self.deadline is None else min(self.next_sample, self.deadline)
+        until = self.next_look if self.deadline is None else min(self.next_look, self.deadline)
         return max(0.0, until - time.monotonic())
 
     def _tick(self) -> None:
@@ -171,13 +170,17 @@ class Keeper:
             _say(f"still running {now - (self.asked or now):.1f} s after SIGTERM; killing it")
             signal_all(descendants(os.getpid()), signal.SIGKILL)
             self.deadline = now + 1.0
-        if now >= self.next_sample:
-            self._sample()
+        if now >= self.next_look:
+            self.next_look = now + _LOOK_S
+            before, last = self.shm_mtime
+            self.shm_mtime = last, os.stat(_SHM).st_mtime_ns
+            # Something was made or removed there since; once more after that, for a file that was not mapped yet.
+            if last != self.shm_mtime[1] or before != last or now >= self.next_sample:
+                self._sample()
 
     def _sample(self) -> None:
-        now = time.monotonic()
         self.shm |= shared_memory(descendants(os.getpid()))
-        self.next_sample = now + (_SAMPLE_YOUNG_S if now - self.started < _YOUNG_S else _SAMPLE_S)
+        self.next_sample = time.monotonic() + _SAMPLE_S
 
     def _reap(self) -> None:
         while True:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from servers import alive, eventually
@@ -207,6 +208,26 @@ def test_shared_memory_is_removed_unless_another_process_uses_it(start: Start) -
     finally:
         for path in (ours, both, foreign):
             path.unlink(missing_ok=True)
+
+
+def test_shared_memory_is_seen_within_a_second_however_old_the_command_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine takes minutes to start vLLM, and it may be killed right after."""
+    clock = [0.0]
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    looking = keeper.Keeper([], 1.0)
+    for clock[0] in (1.0, 3600.0, 3601.0, 3602.0):
+        looking._tick()
+    name = f"psm_suite_test_{os.getpid()}_late"
+    command = [sys.executable, "-u", "-c", textwrap.dedent(SHARED), name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            lines(process, 1)
+            clock[0] = 3603.0
+            looking._tick()
+            assert f"/dev/shm/{name}" in looking.shm
+        finally:
+            process.kill()
+            Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def test_shared_memory_of_a_killed_command_is_removed(start: Start) -> None:
