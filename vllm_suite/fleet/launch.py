@@ -20,6 +20,7 @@ from vllm_suite.fleet.devices import DeviceError, assign, visible_gpus
 from vllm_suite.fleet.engine import EngineSpec
 from vllm_suite.fleet.keys import ENV_CLIENT_KEY, ENV_CONTROL_KEY, ENV_UPSTREAM_KEY, ENV_VLLM_KEY, FleetKeys
 from vllm_suite.fleet.spec import FleetSpec, Placed, PoolRole
+from vllm_suite.handoff import FLEET_KEY_ENV
 from vllm_suite.identity import ENV_INSTANCE_ID, ENV_ROLE
 from vllm_suite.router.config import Membership, StaticTarget
 
@@ -210,11 +211,19 @@ def plan_router(spec: FleetSpec, instances: list[Launch]) -> Launch:
         url=f"http://{_in_url(reach)}:{spec.router.port}",
         log=spec.local.log_dir / f"{spec.name}-router.log",
         ready="router",
-        env={"PYTHONUNBUFFERED": "1", **_router_keys(keys)},
+        env={"PYTHONUNBUFFERED": "1", **_fleet_key(spec), **_router_keys(keys)},
         unset=(),
         ports=(spec.router.port,) if spec.router.port else (),
         control_key=keys.router_control,
     )
+
+
+def _fleet_key(spec: FleetSpec) -> dict[str, str]:
+    """Of the instances' environment the one entry that the router has to share: without it none answers its questions,
+    and what it signs is refused.
+    """
+    key = spec.env.get(FLEET_KEY_ENV)
+    return {} if key is None else {FLEET_KEY_ENV: key}
 
 
 def _router_keys(keys: FleetKeys) -> dict[str, str]:

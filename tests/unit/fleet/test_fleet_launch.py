@@ -189,6 +189,17 @@ def test_keys_reach_the_processes_and_nothing_that_is_printed() -> None:
     assert "s3cret" not in router_config(spec, instances)
 
 
+def test_the_router_shares_the_fleet_key_of_its_instances() -> None:
+    spec = fleet(env={"VLLM_SUITE_FLEET_KEY": "fleet-k", "OTHER": "1"})
+    instances = plan_instances(spec)
+    router = plan_router(spec, instances)
+    assert {launch.env["VLLM_SUITE_FLEET_KEY"] for launch in (*instances, router)} == {"fleet-k"}
+    assert "OTHER" not in router.env
+    assert "fleet-k" not in router.shell()
+    # Not over one that it inherits.
+    assert "VLLM_SUITE_FLEET_KEY" not in plan_router(fleet(), []).env
+
+
 def test_vllms_own_key_in_the_environment_is_sent_by_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "env-k")
     spec = fleet()
