@@ -7,7 +7,6 @@ largest observation, where that was censored, the next one goes on. After the gl
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from math import sqrt
 
@@ -35,7 +34,7 @@ class Prediction:
             scale, power = self._scale, self._index - 1.0
             return float((scale + age) / power * (1.0 - ((scale + age) / (scale + cap)) ** power))
         table, faded = self._tables[start]
-        index = bisect_right(table.at, age) - 1
+        index = table.index(age)
         alive, weight = table.after[index], table.weight[index] * faded
         if alive <= 0.0 or weight <= 0.0:
             return self.mean(age, cap, start + 1)
@@ -56,7 +55,7 @@ class Prediction:
         if start == len(self._tables):
             return float(((self._scale + age) / (self._scale + tokens)) ** self._index)
         table, faded = self._tables[start]
-        index = bisect_right(table.at, age) - 1
+        index = table.index(age)
         alive, weight = table.after[index], table.weight[index] * faded
         if alive <= 0.0 or weight <= 0.0:
             return self.survives(age, tokens, start + 1)

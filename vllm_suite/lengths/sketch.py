@@ -14,6 +14,7 @@ MAX_BINS = _EXACT + ((_MAX_BITS - _SUB_BITS - 1) << _SUB_BITS)
 # Weights are kept relative to the newest one's, which grows; past this all are scaled down.
 _RESCALE = 1e60
 _NEGLIGIBLE = 1e-9
+_ROUNDING = 1e-9
 
 
 def bin_of(tokens: int) -> int:
@@ -129,7 +130,8 @@ class Sketch:
                 cut.append(censored * scale)
             else:
                 first, second = exact_sum / exact, censored_sum / censored
-                late = second < first
+                # Equal ones differ by the rounding of their sums.
+                late = second < first * (1.0 - _ROUNDING)
                 at += (second, first) if late else (first, second)
                 ended += (0.0, exact * scale) if late else (exact * scale, 0.0)
                 cut += (censored * scale, 0.0) if late else (0.0, censored * scale)

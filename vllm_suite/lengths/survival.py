@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import log
 
+# A length is the mean of a bin, and may come out above the whole number that all of the bin are.
+_ROUNDED_UP = 1.0 + 1e-9
+
 
 class Survival:
     """``S(t) = P(L > t)`` of one key, a step function known up to its largest observation.
@@ -39,17 +42,21 @@ class Survival:
         self.last = previous
         self._logs: tuple[float, float] | None = None
 
+    def index(self, tokens: float) -> int:
+        """Place of the last observed length that is at most `tokens`."""
+        return bisect_right(self.at, tokens * _ROUNDED_UP) - 1
+
     def past(self, tokens: float) -> float:
         """Weight of the observations longer than `tokens`."""
-        return self.weight[bisect_right(self.at, tokens) - 1]
+        return self.weight[self.index(tokens)]
 
     def beyond(self, tokens: float) -> float:
         """``S(tokens)``, held constant past the largest observation."""
-        return self.after[bisect_right(self.at, tokens) - 1]
+        return self.after[self.index(tokens)]
 
     def restricted(self, tokens: float) -> float:
         """``E[min(L, tokens)]``, the area under S up to there; S held constant past the largest observation."""
-        index = bisect_right(self.at, tokens) - 1
+        index = self.index(tokens)
         return self.area[index] + self.after[index] * (tokens - self.at[index])
 
     def log_moments(self, excess: float) -> tuple[float, float]:

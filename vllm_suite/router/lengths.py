@@ -27,6 +27,8 @@ _USAGE = b'"completion_tokens":'
 _EVENT_END = b"\n\n"
 # The end of an unstreamed answer in which its finish reason and usage are looked for.
 _TAIL_BYTES = 16_384
+# Of a stream's beginning and end, for the size of its events.
+_SAMPLE_BYTES = 4096
 
 
 class OutputLengths:
@@ -111,7 +113,7 @@ def measure(answer: Opened) -> tuple[int, str]:
     if answer.whole:
         return 0, reason
     # The last part of a piece is empty, or an event that the piece does not hold to its end.
-    events = answer.first.split(_EVENT_END)[:-1] + tail.split(_EVENT_END)[:-1]
+    events = answer.first[:_SAMPLE_BYTES].split(_EVENT_END)[:-1] + tail[-_SAMPLE_BYTES:].split(_EVENT_END)[:-1]
     sizes = [len(event) + len(_EVENT_END) for event in events if event.startswith(b"data: {")]
     if not sizes:
         return 0, reason

@@ -61,6 +61,15 @@ def test_what_ends_and_is_cut_off_at_once_is_cut_off_after():
     assert survival_of((1022, True), (1020, False)).beyond(1022) == 0.5
 
 
+@given(st.integers(1, 5000), st.lists(st.booleans(), min_size=1, max_size=30), st.floats(1.0, 1.5))
+def test_equal_lengths_stay_equal_whatever_the_rounding(tokens, censored, growth):
+    made = sketch_of((tokens, False), (tokens, True), *((tokens, one) for one in censored), growth=growth)
+    table = Survival(*made.entries())
+    assert table.past(tokens) == 0.0
+    assert table.beyond(tokens) > 0.0
+    assert table.past(tokens - 1) > 0.0
+
+
 def test_log_moments_with_a_survivor():
     """1, e^2 cut off: half of the mass is log 0, half is 2 and an exponential excess of mean 1/2."""
     first, second = Survival([1.0, math.e**2], [1.0, 0.0], [0.0, 1.0]).log_moments(0.5)
