@@ -1,20 +1,13 @@
-"""`vllm-suite epd`: the tools of the encoder-stage plugin, found by name because the suite imports no plugin."""
+"""`vllm-suite epd VERB`: the tools of the encoder-stage plugin."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from typing import cast
+from vllm_suite.cli.subverbs import Subverbs
 
 HELP = "sizes of encoder, prefill and monolithic instances"
-_MODULE = "vllm_epd.cli"
+VERBS: dict[str, tuple[str, str]] = {
+    "memory": ("vllm_epd.memory_cli", "what each kind of instance holds, from a config, beside the paper's tables"),
+}
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    importlib.import_module(_MODULE).add_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """What the chosen verb returns."""
-    return cast(int, importlib.import_module(_MODULE).run(args))
+_SUBVERBS = Subverbs("epd", VERBS)
+add_arguments, run = _SUBVERBS.add_arguments, _SUBVERBS.run

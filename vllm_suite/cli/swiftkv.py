@@ -1,20 +1,16 @@
-"""`vllm-suite swiftkv`: the tools of the SwiftKV plugin, found by name because the suite imports no plugin."""
+"""`vllm-suite swiftkv VERB`: the tools of the SwiftKV plugin."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from typing import cast
+from vllm_suite.cli.subverbs import Subverbs
 
 HELP = "make, train and evaluate SwiftKV checkpoints"
-_MODULE = "vllm_swiftkv.cli"
+VERBS: dict[str, tuple[str, str]] = {
+    "convert": ("vllm_swiftkv.convert.cli", "make a SwiftKV checkpoint of an ordinary one"),
+    "distill": ("vllm_swiftkv.distill.cli", "train a converted checkpoint to answer as the ordinary model does"),
+    "sizes": ("vllm_swiftkv.sizes_cli", "weights and KV cache of each kind of instance, from a config"),
+    "eval": ("vllm_swiftkv.evaluate_cli", "measure the quality of a checkpoint with lm-evaluation-harness"),
+}
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    importlib.import_module(_MODULE).add_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """What the chosen verb returns."""
-    return cast(int, importlib.import_module(_MODULE).run(args))
+_SUBVERBS = Subverbs("swiftkv", VERBS)
+add_arguments, run = _SUBVERBS.add_arguments, _SUBVERBS.run

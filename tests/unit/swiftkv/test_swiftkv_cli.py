@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_suite.cli import swiftkv as cli
 from vllm_suite.cli.main import main
-from vllm_swiftkv import cli
 
 
 def imported(*words: str) -> tuple[str, set[str]]:
@@ -28,7 +28,7 @@ def imported(*words: str) -> tuple[str, set[str]]:
 def test_help_lists_the_verbs_and_imports_none_of_them() -> None:
     text, modules = imported("--help")
     assert all(f"  {verb} " in text for verb in cli.VERBS)
-    assert "vllm_swiftkv.cli" in modules
+    assert "vllm_suite.cli.subverbs" in modules
     assert not modules & {module for module, _ in cli.VERBS.values()}
 
 
