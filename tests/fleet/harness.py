@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,29 @@ def request(text: list[int] | str, max_tokens: int = 8, **fields: Any) -> dict[s
     }
 
 
-def shm_entries() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def shared_memory(pids: Iterable[int]) -> set[str]:
+    """Names under /dev/shm that the processes have mapped now.
+
+    By inode: glibc maps a semaphore under a temporary name before it links the one that stays.
+    """
+    inodes: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            inodes.update(int(line.split()[4]) for line in lines if "/dev/shm/" in line)
+    with os.scandir("/dev/shm") as entries:
+        return {entry.name for entry in entries if entry.inode() in inodes}
+
+
+_SEEN: dict[int, set[str]] = {}
+
+
+def note_shared_memory(process: subprocess.Popen[bytes]) -> None:
+    """Remember what the fleet's own processes have mapped, before some of them end.
+
+    /dev/shm is the machine's: what else appears there meanwhile belongs to other programs.
+    """
+    _SEEN.setdefault(process.pid, set()).update(shared_memory(descendants(process.pid)))
 
 
 @dataclass
@@ -84,7 +105,7 @@ class Answer:
 
 
 class Fleet:
-    """The running fleet, addressed by role."""
+    """The running fleet, addressed by role, or where a role has several instances by "encode-0" and so on."""
 
     def __init__(self, process: subprocess.Popen[bytes], log_dir: Path, session: aiohttp.ClientSession) -> None:
         self.process = process
@@ -93,7 +114,7 @@ class Fleet:
 
     def member(self, role: str) -> dict[str, Any]:
         state = json.loads((self.log_dir / "fleet.json").read_text())
-        (found,) = [p for p in state["processes"] if p["role"] == role]
+        (found,) = [p for p in state["processes"] if p["role"] == role or p["name"].endswith("-" + role)]
         assert isinstance(found, dict)
         return found
 
@@ -104,6 +125,7 @@ class Fleet:
         """Send ``sig`` to every process of the instance, workers included."""
         member = self.member(role)
         assert member["state"] == "ready", f"the process ids of {role} are of another life: {member}"
+        note_shared_memory(self.process)
         for pid in member["pids"]:
             for victim in [pid, *descendants(pid)]:
                 with contextlib.suppress(ProcessLookupError):
@@ -140,13 +162,13 @@ class Fleet:
                 total += float(line.rsplit(" ", 1)[1])
         return total
 
-    async def idle(self, timeout_s: float = 30.0) -> None:
+    async def idle(self, timeout_s: float = 30.0, roles: Sequence[str] = ("prefill", "decode")) -> None:
         """Nothing runs, nothing waits and no KV block is held on any instance, within the deadline."""
         deadline = time.monotonic() + timeout_s
         while True:
             now = {
                 f"{role} {name}": await self.metric(role, f"vllm:{name}")
-                for role in ("prefill", "decode")
+                for role in roles
                 for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
             }
             if not any(now.values()):
@@ -154,7 +176,7 @@ class Fleet:
             assert time.monotonic() < deadline, f"still busy: {now}"
             await asyncio.sleep(0.2)
             # An idle engine reports nothing; a request makes it say how many blocks it holds.
-            for role in ("prefill", "decode"):
+            for role in roles:
                 await self.post(request(prompt(4, 1), 2), role)
 
     async def epoch(self, role: str) -> str | None:
@@ -162,7 +184,7 @@ class Fleet:
         with contextlib.suppress(aiohttp.ClientError, KeyError, TimeoutError):
             members = (await self.get("router", "/suite/v1/instances", CONTROL_KEY)).json["instances"]
             for member in members:
-                if member["role"] == role and member["ready"]:
+                if (member["role"] == role or member["instance_id"].endswith("-" + role)) and member["ready"]:
                     return str(member["epoch"])
         return None
 
@@ -224,7 +246,7 @@ def spec(model: Path, log_dir: Path) -> dict[str, Any]:
 def transfer(role: str) -> dict[str, Any]:
     return {
         "kv_connector": "SuiteNixlConnector",
-        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer"}[role],
+        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer", "any": "kv_both"}[role],
         "kv_buffer_device": "cpu",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"suite": SUITE},
@@ -236,7 +258,6 @@ def running(folder: Path, fleet_spec: dict[str, Any]) -> Iterator[subprocess.Pop
     """Start the fleet with ``vllm-suite up``; afterwards check that nothing of it is left."""
     path, answer = folder / "fleet.yaml", folder / "up.json"
     path.write_text(yaml.safe_dump(fleet_spec))
-    before = shm_entries()
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm_suite.cli.main", "up", str(path), "--json", str(answer)],
@@ -253,10 +274,12 @@ def running(folder: Path, fleet_spec: dict[str, Any]) -> Iterator[subprocess.Pop
         yield process
     finally:
         members = descendants(process.pid)
+        note_shared_memory(process)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
     time.sleep(0.5)
     left = [pid for pid in members if Path(f"/proc/{pid}").exists()]
     assert not left, f"processes left behind: {left}"
     assert process.returncode == 0
-    assert shm_entries() <= before, f"shared memory left behind: {shm_entries() - before}"
+    left_behind = {name for name in _SEEN.pop(process.pid) if Path("/dev/shm", name).exists()}
+    assert not left_behind, f"shared memory left behind: {left_behind}"
