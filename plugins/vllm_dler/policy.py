@@ -28,6 +28,8 @@ Clock = Callable[[], float]
 
 # Ends that tell how long an answer is, and those that only tell how long it is at least.
 _EXACT: tuple[End, ...] = ("stop",)
+# Waiting requests that are looked at for each that ended.
+_SHARE = 8
 # The gate looks at so many waiting requests; no step begins more.
 _AT_ONCE = 16
 _CENSORED: tuple[End, ...] = ("length", "repetition", "abort")
@@ -65,6 +67,7 @@ class LengthPolicy:
         self.now = clock()
         self.stats = Stats(settings.classes.max_labels)
         self.waits = Waits(settings.adaptive.window)
+        self._adapts = settings.adaptive.enabled
         self._controller = Controller(settings.adaptive, self.now)
         self._by_priority = by_priority
         self._max_model_len = max_model_len
@@ -139,8 +142,7 @@ class LengthPolicy:
         """Read the clock, and let waiting requests know what was learned."""
         self.now = now = self.clock()
         self._sorted = False
-        kappa = self._controller.decide(self.kappa, self.waits, now)
-        if kappa != self.kappa:
+        if self._adapts and (kappa := self._controller.decide(self.kappa, self.waits, now)) != self.kappa:
             self._stale |= kappa < self.kappa
             self.kappa = kappa
         learned = self._learned
@@ -267,12 +269,11 @@ class LengthPolicy:
         return self.lengths.remaining(state.keys, age, state.cap, group=group.name, running=running)
 
     def _due(self, learned: int, now: float) -> bool:
-        """Whether enough was learned. A long queue is looked at less often: what that costs for each request that
-        ends stays the same."""
-        waiting = sum(map(len, self._queues))
-        if learned >= self.settings.relearn_every + waiting // 8:
-            return True
-        return now - self._relearned >= self.settings.relearn_s and learned >= waiting // 64
+        """Whether enough was learned. A long queue is looked at less often, so that what it costs for each request
+        that ends stays the same."""
+        if learned * _SHARE < sum(map(len, self._queues)):
+            return False
+        return learned >= self.settings.relearn_every or now - self._relearned >= self.settings.relearn_s
 
     def _relearn(self, now: float) -> None:
         self._learned, self._stale, self._relearned = 0, False, now
