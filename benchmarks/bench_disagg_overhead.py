@@ -90,7 +90,7 @@ def fence_costs(args: argparse.Namespace, model: Path) -> dict[str, dict[str, fl
 
 def _time_fence(llm: Any, kv: dict[str, Any], text: list[int]) -> dict[str, float]:
     """In the decode process: digest of the prompt, checks of the reference, and a claim with its answer."""
-    from pd import scheduler
+    from child import scheduler
 
     from vllm_disagg.fence import content_digest
     from vllm_suite.handoff import Refusal

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from child import scheduler
 from epd_engine import Answer, Ask, EpdEngine, runner
-from pd import scheduler
 
 from vllm_suite.encoded import Pending, Where
 from vllm_suite.fleet.pictures_parts import Part, image_part, text_part

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from pd import Engine, free_blocks
+from child import free_blocks
+from pd import Engine
 
 # Short deadlines, so that a test of a deadline takes seconds.
 SUITE = {"pull_timeout_s": 2.0, "claim_timeout_s": 0.5, "lease_s": 1.5, "peer_retry_s": 0.5, "peer_retry_max_s": 1.0}

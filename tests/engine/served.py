@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pd import ENGINE_ENV
+from child import ENGINE_ENV
 from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT_S = 180.0

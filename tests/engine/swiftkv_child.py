@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pd import ENGINE_ENV
+from child import ENGINE_ENV
 
 BLOCK = 32  # tokens per KV block, the smallest that attention on CPU takes
 TOP = 5  # log-probabilities compared at each position

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pd import import_engine
+from child import import_engine
 from swiftkv_child import BLOCK, Answer, Ask, Report, Spec, child, drive, poison, runner
 from swiftkv_compare import (
     TOLERANCE,

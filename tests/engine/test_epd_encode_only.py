@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from child import free_blocks, scheduler
 from epd_engine import Ask, EpdEngine, Spec, engines, references, without_media
-from pd import free_blocks, scheduler
 
 from vllm_suite.fleet.pictures_parts import Part, image_part, text_part
 from vllm_suite.fleet.tiny_media import write

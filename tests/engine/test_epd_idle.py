@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pd import ENGINE_ENV
+from child import ENGINE_ENV
 
 from vllm_suite.fleet.tiny_media import write
 

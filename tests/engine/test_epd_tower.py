@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child import scheduler
 from epd_engine import EpdEngine, Spec, engines, references, runner, without_media
-from pd import scheduler
 
 from vllm_suite.fleet.pictures_parts import image_part, text_part
 from vllm_suite.fleet.tiny_media import write

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child import ENGINE_ENV
 from epd_engine import MANAGER, Spec, engines, references, without_media
 from epd_stage import SUITE, question
-from pd import ENGINE_ENV
 
 from vllm_suite.fleet.pictures_parts import image_part
 from vllm_suite.fleet.tiny_media import write

@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 import pytest
+from child import free_blocks, scheduler
 from pair import SUITE, Pair
-from pd import PREFILL_PARAMS, free_blocks, prompt, scheduler
+from pd import PREFILL_PARAMS, prompt
 
 from vllm_disagg.fence import remote_params
 from vllm_suite.handoff import Refusal

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child import scheduler
 from pair import SUITE, Pair
-from pd import Spec, engines, prompt, scheduler
+from pd import Spec, engines, prompt
 from test_transfer_faults import _raise_once
 
 COMMON: dict[str, Any] = {

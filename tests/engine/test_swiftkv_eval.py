@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import reference_swiftkv
 import transformers
+from child import ENGINE_ENV
 from evaluation import PYTHON, REASON
-from pd import ENGINE_ENV
 from swiftkv_checkpoints import make_swiftkv_checkpoint
 
 from vllm_suite.fleet.tiny import make_tiny_model

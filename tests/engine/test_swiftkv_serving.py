@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pd import free_port
+from child import free_port
 from reference_swiftkv import Reference, load
 from served import Server, start, until
 
@@ -34,12 +34,13 @@ class Fleet:
 def fleet(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     model, work = checkpoint("qwen3", layers=6, cut=3), tmp_path_factory.mktemp("serve")
 
-    def one(name: str, role: str, *words: str) -> Any:
+    def one(name: str, role: str, *words: str, **more: str) -> Any:
         port = free_port()
         env = {
             "VLLM_SUITE_ROLE": role,
             "VLLM_SUITE_INSTANCE_ID": name,
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            **more,
         }
         common = [str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
         common += ["--plugins", "disagg,swiftkv", "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
@@ -47,7 +48,9 @@ def fleet(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         return start([*common, *words], port, work / f"{name}.log", env)
 
     only = '{"suite": {"swiftkv": {"prefill_only": true}}}'
-    with one("d", "decode") as d, one("p", "prefill", "--additional-config", only) as p:
+    # One with its engine in a process of its own, as on a GPU, one with it in the server's, as `up` has it on a CPU.
+    here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with one("d", "decode") as d, one("p", "prefill", "--additional-config", only, **here) as p:
         d.wait_ready()
         p.wait_ready()
         until(lambda: "steps_total" in counters(d) and "steps_total" in counters(p))

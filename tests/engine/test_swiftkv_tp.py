@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pd import ENGINE_ENV
+from child import ENGINE_ENV
 from reference_swiftkv import load
 from swiftkv_checkpoints import make_swiftkv_checkpoint
 from swiftkv_engine import tokens
