@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_dler.train.grading import TrainError
+from vllm_suite.plugin_config import from_file
 
 # What may differ between a run and the one that resumes it: nothing here changes a trained number.
 FREE = frozenset({"output", "resume", "steps", "save_every", "keep", "vllm_memory"})
@@ -200,22 +200,4 @@ class DLERConfig(BaseModel):
 
 def read(file: Path | None, flags: dict[str, Any]) -> DLERConfig:
     """The configuration of a YAML file and of flags, which win. Raises TrainError that names file and key."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise TrainError(f"{file} cannot be read: {error}") from error
-        if not isinstance(loaded, dict):
-            raise TrainError(f"{file} is no mapping of settings")
-        values = loaded
-    try:
-        return DLERConfig(**(values | flags))
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"])) or "settings"
-            origin = f"{file}: {key}" if file is not None and key.split(".")[0] not in flags else key
-            text = "no such setting" if problem["type"] == "extra_forbidden" else problem["msg"]
-            lines.append(f"{origin}: {text}")
-        raise TrainError("; ".join(lines)) from error
+    return from_file(DLERConfig, file, flags, TrainError)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_suite.plugin_config import from_file
 from vllm_swiftkv.families import SwiftKVError
 
 # What may differ between a run and the one that resumes it: nothing here changes a trained number.
@@ -76,21 +76,4 @@ class DistillConfig(BaseModel):
 
 def read(file: Path | None, flags: dict[str, Any]) -> DistillConfig:
     """The configuration of a YAML file and of flags, which win. Raises SwiftKVError that names file and key."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise SwiftKVError(f"{file} cannot be read: {error}") from error
-        if not isinstance(loaded, dict):
-            raise SwiftKVError(f"{file} is no mapping of settings")
-        values = loaded
-    try:
-        return DistillConfig(**(values | flags))
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"])) or "settings"
-            origin = f"{file}: {key}" if file is not None and key.split(".")[0] not in flags else key
-            lines.append(f"{origin}: {problem['msg']}")
-        raise SwiftKVError("; ".join(lines)) from error
+    return from_file(DistillConfig, file, flags, SwiftKVError)

@@ -269,7 +269,7 @@ def test_sharded_weights_train_as_whole_ones(settings: dict[str, Any], data: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rate": 1}, "settings.yaml: rate: Extra inputs"),
+        ({"rate": 1}, "settings.yaml: rate: no such setting"),
         ({"lr": -1}, "settings.yaml: lr: .*greater than 0"),
         ({"cut_layer": 2}, "give one"),
         ({"model": None}, "settings.yaml: model"),
