@@ -25,7 +25,7 @@ from vllm_suite.lengths.survival import Survival
 # A longer key is remembered by its digest: clients choose some of them.
 _LONGEST_KEY = 128
 # A table is made anew when more than this share of its weight has come since.
-_STALE = 1 / 32
+_STALE = 1 / 16
 
 
 class _Known:
