@@ -1,0 +1,292 @@
+"""Measured tables: a small profile written here, and LLMServingSim's own in the data folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_suite.planner.hardware import cluster
+from vllm_suite.planner.hardware.collectives import Collectives
+from vllm_suite.planner.models import Parallel, described, load
+from vllm_suite.planner.sources.base import Outside, SourceError
+from vllm_suite.planner.sources.efficiency import Efficiency
+from vllm_suite.planner.sources.grid import Grid
+from vllm_suite.planner.sources.roofline import UNCALIBRATED, RooflineSource
+from vllm_suite.planner.sources.steps import Steps, pairs
+from vllm_suite.planner.sources.tables import TableSource
+
+DATA = Path(os.environ.get("VLLM_SUITE_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
+PERF = DATA / "llmservingsim" / "perf" / "RTXPRO6000"
+MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-32B")
+needs_data = pytest.mark.skipif(not PERF.is_dir(), reason=f"no {PERF}; set VLLM_SUITE_DATA")
+
+TINY = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "vocab_size": 100, "max_position_embeddings": 64}  # fmt: skip
+META = """
+model: tiny
+hardware: none
+skew_fit:
+  enabled: true
+  bucket_axes:
+    n_bins: [0, 2, 1000]
+    n_labels: [few, many]
+    skew_rate_bins: [-0.01, 0.5, 1.01]
+    skew_rate_labels: [low, high]
+    kv_big_bins: [0, 32, 1000000]
+    kv_big_labels: [short, long]
+    kp_bins: [-1, 0, 1000000]
+    kp_labels: [none, some]
+  per_tp: {1: {alpha_default: 0.5}}
+"""
+
+
+def write(path: Path, columns: str, rows: Iterator[tuple[object, ...]] | list[tuple[object, ...]]) -> None:
+    """A CSV file."""
+    path.write_text("\n".join([columns, *(",".join(map(str, row)) for row in rows)]) + "\n")
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """Times that are linear in everything, so that every step's time is known."""
+    folder = tmp_path / "tp1"
+    folder.mkdir()
+    (tmp_path / "meta.yaml").write_text(META)
+    dense = {"embedding": 1, "layernorm": 2, "qkv_proj": 3, "rotary_emb": 4, "o_proj": 5, "gate_up_proj": 6,
+             "act_fn": 7, "down_proj": 8, "final_layernorm": 9}  # fmt: skip
+    write(folder / "dense.csv", "layer,tokens,time_us", [(k, n, v * n) for k, v in dense.items() for n in (1, 4, 100)])
+    write(folder / "per_sequence.csv", "layer,sequences,time_us", [("lm_head", n, 10 + n) for n in (1, 8)])
+    kv = (16, 32, 64)
+    rows = [(0, 0, n, k, n * k) for n in (1, 2, 4) for k in kv]
+    rows += [(c, p, 0, 0, c + p) for c in (16, 32) for p in (0, *kv)]
+    rows += [(c, p, n, k, c + p + n * k) for c, p, n, k in product((16, 32), (0, *kv), (1, 2), kv)]
+    write(folder / "attention.csv", "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us", rows)
+    fit = [(0, "few", "low", "short", "none", 0.25), (16, "few", "low", "short", "none", 1.0),
+           (32, "few", "low", "short", "none", 0.0)]  # fmt: skip
+    write(folder / "skew_fit.csv", "pc,n_label,skew_rate_label,kv_big_label,kp_label,alpha", fit)
+    return tmp_path
+
+
+def fixed(tokens: int, sequences: int, layers: int = 3) -> float:
+    """Microseconds of the profile's dense layers."""
+    return tokens * (1 + 9 + layers * (2 * 2 + 3 + 4 + 5 + 6 + 7 + 8)) + 10 + sequences
+
+
+def test_a_step_is_the_sum_of_its_layers(profile: Path) -> None:
+    source = TableSource(profile, described(TINY, "tiny").model, 1)
+    cases = {
+        # 24 keys lie between 16 and 32.
+        Steps.of(contexts=[24]): fixed(1, 1) + 3 * 24,
+        Steps.of(chunks=[(20, 40)]): fixed(20, 1) + 3 * 60,
+        Steps.of(chunks=[(20, 40)], contexts=[24, 24]): fixed(22, 3) + 3 * (60 + 48),
+        # Less than was measured takes as long as the least.
+        Steps.of(contexts=[3]): fixed(1, 1) + 3 * 16,
+        # Contexts that differ: mean 20, longest 30, α 0.25 between their times.
+        Steps.of(contexts=[10, 30]): fixed(2, 2) + 3 * (40 + 0.25 * (60 - 40)),
+        # α between the chunks 16 and 32, whose prefix is none.
+        Steps.of(chunks=[(20, 0)], contexts=[10, 30]): fixed(22, 3) + 3 * (20 + 40 + 0.75 * (60 - 40)),
+        # No such bucket: the default of the fit.
+        Steps.of(contexts=[10, 50]): fixed(2, 2) + 3 * (60 + 0.5 * (100 - 60)),
+        Steps(): 0.0,
+    }
+    for steps, micros in cases.items():
+        assert source.step_seconds(steps) * 1e6 == pytest.approx(micros), steps
+    assert source.outside.counts == {}
+    assert source.describe()["uncertainty"] == 0.05
+    # Two prompts of 12 tokens have as many pairs as one of 16.8.
+    two = Steps.of(chunks=[(12, 0), (12, 0)])
+    assert pairs(two.prefill_tokens, 0) > two.prefill_pairs
+    assert source.step_seconds(two) * 1e6 == pytest.approx(fixed(24, 2) + 3 * 17.17, abs=0.1)
+
+
+def test_host_time_is_added(profile: Path) -> None:
+    plain, with_host = (
+        TableSource(profile, described(TINY, "tiny").model, 1, step_us=a, sequence_us=b) for a, b in ((0, 0), (30, 5))
+    )
+    steps = Steps.of(contexts=[20, 20])
+    assert with_host.step_seconds(steps) - plain.step_seconds(steps) == pytest.approx(40e-6)
+
+
+def test_beyond_the_tables(profile: Path) -> None:
+    source = TableSource(profile, described(TINY, "tiny").model, 1)
+    assert source.step_seconds(Steps.of(contexts=[99])) * 1e6 == pytest.approx(fixed(1, 1) + 3 * 64)
+    # Three sequences beside a prompt: the third costs what it costs in decode alone.
+    mixed = Steps.of(chunks=[(16, 0)], contexts=[16] * 3)
+    assert source.step_seconds(mixed) * 1e6 == pytest.approx(fixed(19, 4) + 3 * (16 + 48))
+    assert source.outside.counts == {"kv_decode": 1, "n_decode beside a prompt": 1}
+    assert source.outside.furthest["kv_decode"] == 99
+    refusing = TableSource(profile, described(TINY, "tiny").model, 1, outside=Outside("refuse"))
+    for steps, axis in (
+        (Steps.of(contexts=[99]), "kv_decode 99 is outside"),
+        (mixed, "n_decode beside a prompt 3"),
+        (Steps.of(contexts=[16] * 5), "n_decode 5"),
+        (Steps.of(chunks=[(101, 0)]), "tokens 101"),
+        (Steps.of(chunks=[(40, 0)]), "prefill_chunk 40"),
+    ):
+        with pytest.raises(SourceError, match=axis):
+            refusing.step_seconds(steps)
+        with pytest.raises(SourceError, match=axis):
+            refusing.seconds(Steps(*([value] for value in steps)))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("meta.yaml", "n_bins", "m_bins", "skew_fit is incomplete"),
+        ("tp1/skew_fit.csv", "few", "lots", r"skew_fit\.csv:2: no bucket 'lots'"),
+        ("tp1/dense.csv", "qkv_proj", "mystery", r"dense\.csv: layers that are not known: mystery"),
+        ("tp1/dense.csv", "embedding,4,4", "embedding,x,4", r"dense\.csv:3: layer, tokens and time_us"),
+        ("tp1/per_sequence.csv", "lm_head", "sampler", r"per_sequence\.csv: no layer lm_head"),
+        ("tp1/attention.csv", "0,0,1,16,16", "0,0,1,16", r"attention\.csv:2: prefill_chunk"),
+        ("tp1/attention.csv", "16,16,1,32,64\n", "", None),
+        ("tp1/attention.csv", "32,64,2,64,224\n", "", "grid points cannot be filled in"),
+    ],
+)
+def test_files_that_do_not_fit(profile: Path, file: str, old: str, new: str, says: str | None) -> None:
+    path = profile / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    if says is None:
+        assert TableSource(profile, described(TINY, "tiny").model, 1).step_seconds(
+            Steps.of([(16, 16)], [32])
+        ) * 1e6 == pytest.approx(fixed(17, 2) + 3 * 64)
+        return
+    with pytest.raises(SourceError, match=says):
+        TableSource(profile, described(TINY, "tiny").model, 1)
+
+
+def test_what_tables_do_not_hold(profile: Path) -> None:
+    tiny = described(TINY, "tiny").model
+    with pytest.raises(SourceError, match="no tp2; there are tp1"):
+        TableSource(profile, tiny, 2, collectives=Collectives(cluster("2xL40S")))
+    with pytest.raises(SourceError, match="collectives over 2 ranks"):
+        TableSource(profile, tiny, 2)
+    with pytest.raises(SourceError, match="experts"):
+        TableSource(profile, load("Qwen/Qwen3-30B-A3B").model, 1)
+
+
+def test_a_grid_of_two_grids_keeps_every_point() -> None:
+    def value(x: float, y: float) -> float:
+        return 3 * x + x * y
+
+    points = {*product((0, 4, 8), (0, 4, 8)), *product((0, 2, 8), (0, 6, 8))}
+    grid = Grid.of_rows(np.array([(x, y, value(x, y)) for x, y in sorted(points)], dtype=float))
+    for x, y in product((0, 1, 2, 5, 8), (0, 3, 6, 8)):
+        assert grid.at(x, y) == pytest.approx(value(x, y))
+    whole = grid.whole(0)
+    assert list(whole.axes[0]) == list(range(9))
+    assert whole.at(3, 5.5) == pytest.approx(value(3, 5.5))
+    assert grid.line(2, 1).slope == pytest.approx(2)
+    assert grid.line(2, 1).ahead == 4
+    assert grid.at(99, -5) == value(8, 0)
+
+
+@cache
+def source_of(name: str, tp: int) -> TableSource:
+    """A source of the data folder."""
+    collectives = Collectives(cluster(f"{tp}xRTX-PRO-6000"))
+    return TableSource(PERF / name / "bf16", load(name).model, tp, collectives=collectives)
+
+
+def rows_of(name: str, tp: int) -> list[tuple[int, int, int, int, float]]:
+    """The measured attention."""
+    with (PERF / name / "bf16" / f"tp{tp}" / "attention.csv").open() as file:
+        return [(*map(int, row[:4]), float(row[4])) for row in list(csv.reader(file))[1:]]  # type: ignore[misc]
+
+
+@needs_data
+@pytest.mark.parametrize("name", MODELS)
+def test_measured_points_come_back(name: str) -> None:
+    """Every measured attention time, and whole steps at measured sizes."""
+    source = source_of(name, 1)
+    table = source.attention
+    for chunk, before, count, context, micros in rows_of(name, 1):
+        if chunk and count:
+            got = table.both.at(chunk, before, count, context)
+        else:
+            got = table.prefill.at(chunk, before) if chunk else table.decode.at(count, context)
+        assert got * 1e6 == pytest.approx(micros, rel=1e-9)
+    layers = len(load(name).model.layers)
+    dense = 0.0
+    with (PERF / name / "bf16" / "tp1" / "dense.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["tokens"] == "64":
+                once = row["layer"] in ("embedding", "final_layernorm")
+                dense += float(row["time_us"]) * (1 if once else layers * (2 if row["layer"] == "layernorm" else 1))
+    with (PERF / name / "bf16" / "tp1" / "per_sequence.csv").open() as file:
+        dense += sum(float(row["time_us"]) for row in csv.DictReader(file) if row["sequences"] == "64")
+    attention = next(row[4] for row in rows_of(name, 1) if row[:4] == (0, 0, 64, 1024))
+    got = source.step_seconds(Steps.of(contexts=[1024] * 64))
+    assert got * 1e6 == pytest.approx(dense + layers * attention, rel=1e-9)
+
+
+@needs_data
+def test_between_points_it_lies_between_them() -> None:
+    table = source_of(MODELS[0], 1).attention
+    random.seed(0)
+    for grid in (table.prefill, table.decode, table.both):
+        for _ in range(200):
+            place = [random.randrange(len(axis) - 1) for axis in grid.axes]
+            point = [random.uniform(axis[at], axis[at + 1]) for axis, at in zip(grid.axes, place, strict=True)]
+            corners = grid.values[tuple(slice(at, at + 2) for at in place)]
+            assert corners.min() - 1e-12 <= grid.at(*point) <= corners.max() + 1e-12
+
+
+@needs_data
+def test_points_left_out_are_predicted() -> None:
+    """The profile's second, finer grid from its first one: what interpolation costs, in time of one kernel."""
+    rows = [row for row in rows_of(MODELS[0], 1) if row[0] and row[2]]
+    powers = {16 * 2**i for i in range(11)} | {0}
+    coarse = [row for row in rows if {row[0], row[1], row[3]} <= powers]
+    grid = Grid.of_rows(np.array(coarse, dtype=float))
+    left = [row for row in rows if row[0] not in powers and row[0] < 2048]
+    errors = np.array([grid.at(*row[:4]) / row[4] - 1 for row in left])
+    assert len(left) > 5000
+    assert np.median(np.abs(errors)) < 0.06
+    assert abs(errors.mean()) < 0.05
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "tp"), [(MODELS[0], 1), (MODELS[1], 2)])
+def test_one_step_arrays_and_lines_agree(name: str, tp: int) -> None:
+    source = source_of(name, tp)
+    random.seed(3)
+    steps = [
+        Steps.of(
+            [(random.randint(1, 300), random.choice([0, 500])) for _ in range(random.randint(0, 3))],
+            [random.randint(1, 4000) for _ in range(random.randint(0, 120))],
+        )
+        for _ in range(100)
+    ]
+    together = source.seconds(Steps(*(np.array(column) for column in zip(*steps, strict=True))))
+    assert together == pytest.approx([source.step_seconds(each) for each in steps], rel=1e-9)
+    for contexts in ([700] * 20, [100, 900, 1100], [5], [30] * 128):
+        line = source.decode_line(len(contexts), sum(contexts), max(contexts), min(contexts))
+        assert line.steps >= 1
+        for index in range(min(int(line.steps), 300)):
+            step = source.step_seconds(Steps.of(contexts=[each + index for each in contexts]))
+            assert line.seconds + line.slope * index == pytest.approx(step, rel=1e-9), (contexts, index)
+
+
+@needs_data
+def test_the_roofline_is_near_the_tables() -> None:
+    """Default constants, each step within what `UNCALIBRATED` allows."""
+    cases = [
+        Steps.of(contexts=[context] * count) for count, context in ((1, 1024), (32, 1024), (128, 1024), (64, 8192))
+    ]
+    cases += [Steps.of([(tokens, before)]) for tokens, before in ((2048, 0), (512, 0), (128, 4096))]
+    cases += [Steps.of([(512, 0)], [1024] * 64), Steps.of([(1900, 0)], [1500] * 120), Steps.of([(64, 0)], [1024] * 16)]
+    for name in MODELS:
+        loaded, device = load(name), cluster("RTX-PRO-6000")
+        bare = Efficiency.of(device.device, step_us=0, sequence_us=0)
+        source = RooflineSource(loaded.model, loaded.stored, Parallel(), device, efficiency=bare, max_tokens=2048)
+        errors = np.array([source.step_seconds(each) / source_of(name, 1).step_seconds(each) - 1 for each in cases])
+        assert np.abs(errors).max() < UNCALIBRATED.relative, errors
+        assert np.abs(errors).mean() < 0.12, errors
