@@ -7,16 +7,12 @@ first reading, warm-up steps above all, is left out.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import importlib
 import logging
 from typing import Any
 
-from prometheus_client import Counter, Gauge
-
-from vllm_suite.compat.engine_state import answer_deadline_s
-from vllm_suite.compat.worker_calls import EngineGone, call_workers, is_first_server
+from vllm_suite.compat.polled_series import PolledSeries
+from vllm_suite.compat.worker_calls import call_workers, is_first_server
 from vllm_suite.metrics import SWIFTKV
 from vllm_swiftkv.options import EXTENSION, is_swiftkv
 from vllm_swiftkv.settings import SwiftKVSettings
@@ -24,7 +20,6 @@ from vllm_swiftkv.settings import SwiftKVSettings
 METHOD = "swiftkv_counters"
 PERIOD_S = 2.0
 
-_PREFIX = "vllm_suite_swiftkv_"
 _COUNTED = ("prompt_tokens", "head_tokens", "tail_rows", "steps")
 _log = logging.getLogger("vllm.suite")
 
@@ -38,12 +33,11 @@ class SwiftKVExporter:
         self._client = client
         self._config = config = client.vllm_config
         self._settings = SwiftKVSettings.of(config)
-        self._model_name = str(config.model_config.served_model_name)
-        self._period_s = period_s
-        self._deadline_s = answer_deadline_s() if deadline_s is None else deadline_s
+        self._series: PolledSeries[dict[int, Totals]] = PolledSeries(
+            client, SWIFTKV, "vllm_suite_swiftkv_", self._read, "swiftkv: the workers' counters", period_s, deadline_s
+        )
         self._last: dict[int, Totals] = {}
         self._sums: dict[int, Totals] = {}
-        self._failing = False
 
     def facts(self) -> dict[str, Any]:
         """Added to ``/suite/v1/state``."""
@@ -56,17 +50,11 @@ class SwiftKVExporter:
         engines = list(self._client.engine_core.engine_ranks_managed)
         armed = bool(self._config.cache_config.kv_sharing_fast_prefill)
         for engine in engines:
-            _set("armed", self._labels(engine), int(armed))
+            self._series.at("armed", engine).set(int(armed))
         if not armed or not self._has_extension():
             return
-        while True:
-            try:
-                readings = await self._ask()
-            except EngineGone:
-                return
-            if readings is not None:
-                self._export(readings)
-            await asyncio.sleep(self._period_s)
+        async for readings in self._series.readings():
+            self._export(readings)
 
     def _counts_here(self) -> bool:
         named = self._config.model_config.architectures
@@ -89,25 +77,6 @@ class SwiftKVExporter:
             )
         return found
 
-    async def _ask(self) -> dict[int, Totals] | None:
-        """The workers' counters by engine; None where they could not be had. One question at a time."""
-        task = asyncio.create_task(self._read())
-        try:
-            while not (await asyncio.wait({task}, timeout=self._deadline_s))[0]:
-                self._failed("timeout", f"no answer within {self._deadline_s:g} s")
-                if self._client.errored:
-                    raise EngineGone
-            readings = task.result()
-        except EngineGone:
-            raise
-        except Exception as error:  # noqa: BLE001  vLLM raises bare exceptions for what failed in a worker
-            self._failed("error", repr(error))
-            return None
-        finally:
-            task.cancel()
-        self._failing = False
-        return readings
-
     async def _read(self) -> dict[int, Totals]:
         answers = await call_workers(self._client, METHOD)
         # Tensor-parallel workers count the same steps, so they are not added up.
@@ -115,13 +84,6 @@ class SwiftKVExporter:
             engine: {key: max(int(worker[key]) for worker in workers) for key in _COUNTED}
             for engine, workers in answers.items()
         }
-
-    def _failed(self, reason: str, text: str) -> None:
-        engine = next(iter(self._client.engine_core.engine_ranks_managed))
-        _add("poll_failures_total", (*self._labels(engine), reason), 1)
-        if not self._failing:
-            _log.warning("vllm-suite: swiftkv: the workers' counters cannot be read: %s", text)
-        self._failing = True
 
     def _export(self, readings: dict[int, Totals]) -> None:
         for engine, now in readings.items():
@@ -132,32 +94,9 @@ class SwiftKVExporter:
             sums = self._sums.setdefault(engine, dict.fromkeys(_COUNTED, 0))
             for key in _COUNTED:
                 sums[key] += grown[key]
-                _add(f"{key}_total", self._labels(engine), grown[key])
-            _add("skipped_tokens_total", self._labels(engine), max(0, grown["head_tokens"] - grown["tail_rows"]))
+                self._series.at(f"{key}_total", engine).inc(grown[key])
+            skipped = max(0, grown["head_tokens"] - grown["tail_rows"])
+            self._series.at("skipped_tokens_total", engine).inc(skipped)
             if sums["head_tokens"]:
                 ratio = 1 - sums["tail_rows"] / sums["head_tokens"]
-                _set("skip_ratio", self._labels(engine), max(0.0, ratio))
-
-    def _labels(self, engine: int) -> tuple[str, str]:
-        return self._model_name, str(engine)
-
-
-@functools.cache
-def _series() -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for spec in SWIFTKV:
-        labels = ["model_name", "engine", *spec.labels]
-        made[spec.name.removeprefix(_PREFIX)] = (
-            Gauge(spec.name, spec.help, labels, multiprocess_mode="mostrecent")
-            if spec.kind == "gauge"
-            else Counter(spec.name, spec.help, labels)
-        )
-    return made
-
-
-def _add(name: str, labels: tuple[str, ...], amount: int) -> None:
-    _series()[name].labels(*labels).inc(amount)
-
-
-def _set(name: str, labels: tuple[str, ...], value: float) -> None:
-    _series()[name].labels(*labels).set(value)
+                self._series.at("skip_ratio", engine).set(max(0.0, ratio))
