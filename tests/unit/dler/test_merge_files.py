@@ -349,3 +349,15 @@ def test_interrupted_by_the_keyboard(pair: tuple[Path, Path], ram: Path) -> None
     assert done.returncode == 128 + signal.SIGINT
     assert "the same command goes on from here" in done.stderr
     assert (ram / "out.partial").is_dir()
+
+
+def test_help_imports_no_heavy_library_and_a_merge_no_torch(pair: tuple[Path, Path], ram: Path) -> None:
+    code = (
+        "import atexit, sys; from vllm_suite.cli.main import main;"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr)); main(['dler', 'merge', *sys.argv[1:]])"
+    )
+    words = ["--base", str(pair[0]), "--tuned", str(pair[1]), "-o", str(ram / "out")]
+    for given, absent in ((["--help"], {"torch", "vllm", "numpy", "safetensors", "rich"}), (words, {"torch", "vllm"})):
+        command = [sys.executable, "-c", code, *given]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert not absent & set(done.stderr.split())
