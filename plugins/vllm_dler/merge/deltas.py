@@ -55,7 +55,9 @@ def pieces(base: Source, tuned: Source, name: str) -> Iterator[Piece]:
 def to_float32(raw: bytearray, dtype: str) -> Floats:
     """The numbers in `raw`, little-endian, in an array that may be written to."""
     if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+        bits = np.frombuffer(raw, "<u2").astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     if dtype == "F16":
         return np.frombuffer(raw, "<f2").astype(np.float32)
     return np.frombuffer(raw, "<f4")
