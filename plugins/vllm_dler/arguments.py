@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from array import array
 from collections.abc import Mapping
@@ -59,8 +60,9 @@ def keys_of(request: Any, arguments: Arguments, prefix_tokens: int, same_prompt:
     keys = []
     if same_prompt and request.prompt_token_ids:
         keys.append(f"same:{_digest(request.prompt_token_ids)}|{manner}")
+    size = f"prompt:{_bucket(request.num_prompt_tokens)}|{manner}"
     if arguments.label is not None:
-        keys.append(f"class:{arguments.label}")
+        keys += [f"class:{arguments.label}|{size}", f"class:{arguments.label}"]
     if request.session_id:
         keys.append(f"session:{request.session_id}")
     if request.lora_request is not None:
@@ -70,8 +72,12 @@ def keys_of(request: Any, arguments: Arguments, prefix_tokens: int, same_prompt:
     prompt = request.prompt_token_ids
     if prompt and 0 < prefix_tokens <= len(prompt):
         keys.append(f"prefix:{_digest(prompt[:prefix_tokens])}|{manner}")
-    keys.append(f"prompt:{1 << max(request.num_prompt_tokens - 1, 0).bit_length()}|{manner}")
-    return tuple(keys)
+    return (*keys, size)
+
+
+def _bucket(tokens: int) -> int:
+    """Where a third of an octave begins: prompts within 26 % of each other are alike."""
+    return round(2 ** (math.floor(3 * math.log2(max(tokens, 1))) / 3))
 
 
 def _manner(request: Any, params: Any) -> str:

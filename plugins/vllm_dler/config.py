@@ -113,7 +113,7 @@ class SchedulerSettings(Section):
     headroom_tokens: int = Field(
         default=64,
         ge=0,
-        description="Tokens of KV cache left free for each running request to grow into when another is admitted.",
+        description="Tokens of KV cache, at most, left free for each running request to grow into at an admission.",
     )
     relearn_every: int = Field(default=32, ge=1, description="Finished requests until waiting ones are looked at anew.")
     relearn_s: float = Field(default=1.0, gt=0, description="Or so many seconds, where any has finished.")

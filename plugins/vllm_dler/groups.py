@@ -80,4 +80,4 @@ class Groups:
             group.lengths.append(tokens)
         if not group.members:
             self._groups.pop(group.name, None)
-        return tuple(group.members) if tokens is not None and group.enough() else ()
+        return tuple(group.members) if group.enough() else ()

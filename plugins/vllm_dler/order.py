@@ -41,6 +41,7 @@ class Tracked:
         base: output tokens when it last began to run.
         admitted: when it first began to run.
         cut: whether a cap of its class shortened it.
+        room: tokens kept free for it while it runs.
         score, scored: tokens to come for each to compute again, and the age at which that was estimated.
     """
 
@@ -62,6 +63,7 @@ class Tracked:
     evictions: int = 0
     admitted: float | None = None
     cut: bool = False
+    room: int = 0
     score: float = 0.0
     scored: int = -(1 << 30)
     group: Group | None = field(default=None, repr=False)

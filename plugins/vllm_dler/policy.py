@@ -41,7 +41,8 @@ class LengthPolicy:
     Attributes:
         reorders: False where vLLM's own queues and victims are to stay.
         sorts_running, gates: whether `sort_running` and `places` are wanted.
-        headroom_tokens: room that an admission leaves to each running request.
+        headroom: tokens that an admission leaves free for those that run: what each is expected to generate,
+            `headroom_tokens` at most.
         kappa: seconds per token now.
         lengths: what is known of output lengths.
         stats: what is counted.
@@ -61,7 +62,8 @@ class LengthPolicy:
         self.lengths = OnlineLengths(settings.lengths) if lengths is None else lengths
         self.reorders = settings.reorders
         self.sorts_running = settings.reorders and settings.victims.enabled
-        self.headroom_tokens = settings.headroom_tokens if settings.reorders else 0
+        self.headroom = 0
+        self._room = settings.headroom_tokens if settings.reorders else 0
         self.gates = settings.reorders and settings.gate.enabled
         self.kappa = settings.kappa
         self.now = clock()
@@ -170,16 +172,29 @@ class LengthPolicy:
         return count
 
     def admitted(self, request_ids: Iterable[str]) -> None:
-        """Requests began to run for the first time."""
+        """Requests began to run, or do so again."""
         for request_id in request_ids:
             state = self._states.get(request_id)
-            if state is not None and state.admitted is None:
+            if state is None:
+                continue
+            if state.admitted is None:
                 state.admitted = self.now
                 self.waits.admitted(state, self.now)
+            if self._room and not state.room:
+                rest = self._expected(state)
+                left = state.cap - state.request.num_output_tokens if rest is None else math.ceil(rest)
+                state.room = max(min(self._room, left), 1)
+                self.headroom += state.room
+
+    def _stands(self, state: Tracked) -> None:
+        """A request no longer runs."""
+        self.headroom -= state.room
+        state.room = 0
 
     def evicted(self, request: Any, reason: Eviction) -> None:
         """A running request is about to be queued again, without its KV."""
         state = self.tracked(request)
+        self._stands(state)
         if reason == "kv_full":
             state.evictions += 1
         state.base = request.num_output_tokens
@@ -195,6 +210,7 @@ class LengthPolicy:
         tokens = request.num_output_tokens
         exact = end in _EXACT
         self.waits.left(state)
+        self._stands(state)
         group = state.group
         if tokens and (exact or end in _CENSORED) and not _only_prefill(request):
             name = group.name if group is not None else None

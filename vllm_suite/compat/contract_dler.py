@@ -75,6 +75,8 @@ _SCHEDULER_ROWS = (
     Contract("vllm.v1.kv_cache_interface:KVCacheGroupSpec.kv_cache_spec", "attribute", "blocks that a step may need"),
     Contract("vllm.v1.kv_cache_interface:KVCacheSpec.block_size", "attribute", "blocks that a step may need"),
     Contract("vllm.v1.core.sched.output:SchedulerOutput.scheduled_new_reqs", "attribute", "who began to run"),
+    Contract("vllm.v1.core.sched.output:SchedulerOutput.scheduled_cached_reqs", "attribute", "who runs again"),
+    Contract("vllm.v1.core.sched.output:CachedRequestData.resumed_req_ids", "attribute", "who runs again"),
     Contract("vllm.v1.core.sched.output:NewRequestData.req_id", "attribute", "who began to run"),
 )
 

@@ -22,13 +22,13 @@ class LengthPolicy(Protocol):
         reorders: False where vLLM's own queues and victims stay; read once.
         sorts_running: whether `sort_running` is wanted before steps that may evict; read once.
         gates: whether `places` is wanted before steps that may admit.
-        headroom_tokens: tokens of KV cache that an admission leaves free for each running request.
+        headroom: tokens of KV cache that an admission has to leave free, now.
     """
 
     reorders: bool
     sorts_running: bool
     gates: bool
-    headroom_tokens: int
+    headroom: int
 
     def queue(self, base: type) -> Any:
         """A new queue, of a class that derives from ``base``, vLLM's `RequestQueue`."""
@@ -50,7 +50,7 @@ class LengthPolicy(Protocol):
         tokens."""
 
     def admitted(self, request_ids: Iterable[str]) -> None:
-        """Requests began to run."""
+        """Requests began to run, or do so again."""
 
     def evicted(self, request: Any, reason: Eviction) -> None:
         """Before a running request is queued again."""

@@ -64,10 +64,9 @@ class LengthAwareScheduler(Scheduler):
         if policy.sorts_running and len(self.running) > 1 and self._may_evict():
             policy.sort_running(self.running)
         active = self.max_num_active_reqs
-        if policy.headroom_tokens:
-            # vLLM keeps it for those that wait, and only while something runs.
-            room = -(-policy.headroom_tokens * len(self.running) // self._smallest_block) * self._kv_groups
-            self.kv_cache_manager.watermark_blocks = max(self._watermark, room)
+        # vLLM keeps it for requests that wait, and only while something runs.
+        room = -(-policy.headroom // self._smallest_block) * self._kv_groups
+        self.kv_cache_manager.watermark_blocks = max(self._watermark, room)
         if policy.gates and self.waiting:
             self.max_num_active_reqs = min(active, self._gated(policy))
         self._scheduling = True
@@ -78,6 +77,8 @@ class LengthAwareScheduler(Scheduler):
             self.max_num_active_reqs = active
         if output.scheduled_new_reqs:
             policy.admitted([data.req_id for data in output.scheduled_new_reqs])
+        if output.scheduled_cached_reqs.resumed_req_ids:
+            policy.admitted(output.scheduled_cached_reqs.resumed_req_ids)
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:

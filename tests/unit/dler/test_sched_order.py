@@ -221,7 +221,8 @@ def test_no_request_is_lost_or_doubled(steps: list[tuple[Any, ...]], kappa: floa
         model.check()
     left = drained(model.queue)
     assert {id(ask) for ask in left} == {id(ask) for ask in model.waiting}
-    assert [one.seq for one in map(model.policy.tracked, left)] != [] or not left
+    ranks = [model.policy.tracked(ask).rank for ask in left]
+    assert ranks == sorted(ranks)
 
 
 @settings(max_examples=60)
@@ -232,6 +233,29 @@ def test_where_nothing_is_known_it_is_first_come_first_served(steps: list[tuple[
         model.policy.begin_step()
         getattr(model, name)(*arguments)
         assert list(model.queue) == sorted(model.waiting, key=lambda ask: model.policy.tracked(ask).seq)
+
+
+def test_a_name_that_is_used_again_and_a_session_that_goes_on_leave_no_trace() -> None:
+    one = policy(lengths=Known(LENGTHS))
+    queue = one.queue()
+    first, between, again = of("short", 900.0, request_id="x"), of("short", 910.0), of("short", 920.0, request_id="x")
+    for ask in (first, between):
+        one.arrived(ask, 0)
+        queue.add_request(ask)
+    queue.remove_requests([first])
+    one.finished(first, "abort")
+    one.arrived(again, 0)
+    queue.add_request(again)
+    assert drained(queue) == [between, again]
+    session, other = of("short", 920.0, session_id="s"), of("short", 930.0)
+    for ask in (session, other):
+        one.arrived(ask, 0)
+        queue.add_request(ask)
+    session.arrival_time, session.num_computed_tokens = 940.0, 10
+    one.renewed(session)
+    one.begin_step()
+    assert drained(queue) == [other, session]
+    assert len(one.waits) == 4
 
 
 def test_an_empty_queue_says_so() -> None:

@@ -49,6 +49,7 @@ def test_who_gave_way_too_often_stays() -> None:
         one.sort_running(asks)
         assert asks[-1] is often
         one.evicted(often, "kv_full")
+        one.evicted(never, "reset")  # which is nobody's choice, and does not count
     one.sort_running(asks)
     assert asks[-1] is never
     one.evicted(never, "kv_full")
@@ -104,6 +105,26 @@ def test_evictions_that_nobody_foresaw_are_told_apart() -> None:
     one.evicted(asks[0], "reset")
     found = {labels[0]: value for labels, value in one.report()["counters"]["evictions"]}
     assert found == {"unforeseen": 1, "kv_full": 1, "reset": 1}
+
+
+def test_an_admission_leaves_room_for_what_runs() -> None:
+    one = policy({"headroom_tokens": 64}, Known(LENGTHS))
+    short, long, last = of("short"), of("long"), of("long", max_tokens=1)
+    running(one, short, long, last, Ask(max_tokens=30))
+    assert one.headroom == 20 + 64 + 1 + 30
+    one.admitted([long.request_id])  # again, as after an eviction that was none
+    assert one.headroom == 115
+    one.evicted(long, "kv_full")
+    assert one.headroom == 51
+    long.num_output_tokens = 990
+    one.admitted([long.request_id])
+    assert one.headroom == 61
+    for ask in (short, long, last):
+        one.finished(ask, "abort")
+    assert one.headroom == 30
+    off = policy({"kappa": 0}, Known(LENGTHS))
+    running(off, of("long"))
+    assert off.headroom == 0
 
 
 # -- groups
@@ -253,11 +274,13 @@ def test_classes_from_the_most_specific_to_the_least() -> None:
     same = {"prompt_token_ids": [1, 2, 3, 4, 5], "num_prompt_tokens": 5}
     ask = of("c", session_id="s", lora_request=Lora(), cache_salt="secret", **same)
     keys = one.arrived(ask, 0).keys
-    assert [key.partition(":")[0] for key in keys] == ["same", "class", "session", "lora", "salt", "prefix", "prompt"]
+    kinds = [key.partition(":")[0] for key in keys]
+    assert kinds == ["same", "class", "class", "session", "lora", "salt", "prefix", "prompt"]
+    assert keys[1:3] == ("class:c|prompt:4|sampled", "class:c")
     assert "secret" not in "".join(keys)
-    assert keys[-1] == "prompt:8|sampled"
+    assert keys[-1] == "prompt:4|sampled"
     other = one.arrived(Ask(prompt_token_ids=[1, 2, 3, 4, 9, 9], num_prompt_tokens=6), 0).keys
-    assert other == (other[0], keys[-2], keys[-1])
+    assert other == (other[0], keys[-2], "prompt:5|sampled")
     assert one.arrived(Ask(prompt_token_ids=[1, 2], num_prompt_tokens=2), 0).keys[-1] == "prompt:2|sampled"
 
 

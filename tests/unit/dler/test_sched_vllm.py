@@ -21,7 +21,7 @@ STEPS = st.one_of(
     st.tuples(st.just("reset")),
 )
 WORK = st.lists(STEPS, min_size=4, max_size=40)
-RUNS = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+RUNS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def play(engine: Engine, work: list[tuple[Any, ...]], check: Any = lambda engine: None) -> Engine:
@@ -95,8 +95,39 @@ def test_every_request_is_served_once(work: Any, ahead: bool, suite: Any, policy
     assert (len(policy_._states), len(policy_.waits), len(policy_._groups)) == (0, 0, 0)
     rows = policy_.report()["counters"].get("evictions", [])
     assert "unforeseen" not in {labels[0] for labels, _ in rows}
+    assert policy_.headroom == 0
     for name, end in engine.ends.items():
         assert end == "abort" or engine.tokens[name] >= engine._lengths[name]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("suite", [PLAIN, PLAIN | {"victims": {"max_evictions": 1}}])
+def test_every_eviction_of_a_full_cache_is_foreseen(suite: Any, ahead: bool, policy: str) -> None:
+    engine = Engine(suite, ahead=ahead, policy=policy)
+    for n in range(16):
+        engine.add(f"r{n}", 90 + 5 * n, 60 + 17 * n % 90, ("short", "long", None)[n % 3], n % 2)
+        engine.step()
+        consistent(engine)
+    engine.drain()
+    assert set(engine.ends.values()) == {"stop"}
+    evicted = dict(
+        (labels[0], count) for labels, count in engine.scheduler.length_policy.report()["counters"]["evictions"]
+    )
+    assert set(evicted) == {"kv_full"}
+    assert evicted["kv_full"] >= 3
+
+
+def test_headroom_spares_evictions() -> None:
+    counts = []
+    for tokens in (0, 64):
+        engine = Engine(PLAIN | {"headroom_tokens": tokens})
+        for n in range(16):
+            engine.add(f"r{n}", 90 + 5 * n, 60 + 17 * n % 90)
+        engine.drain()
+        rows = engine.scheduler.length_policy.report()["counters"].get("evictions", [])
+        counts.append(sum(count for _, count in rows))
+    assert counts[1] < counts[0] / 2
 
 
 @pytest.mark.parametrize("ahead", [False, True])
