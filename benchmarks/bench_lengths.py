@@ -10,8 +10,9 @@ quantile loss at 0.5, 0.9 and 0.99 in tokens, each for:
     global     the estimator without keys
     ewma       one exponentially weighted mean per class, weight 1/16, which knows no ages
 
-With `--censor` every second observation is cut off at 512 tokens, and `dropped` is the estimator that leaves those
-out; what is asked about stays the whole length.
+`ratio` is the sum of all predictions at age 0 over that of the true lengths. With `--censor` observations are cut off
+at 256, 1024 and 4096 tokens in turn, and `dropped` is the estimator that leaves out the ones that were; what is asked
+about stays the whole length.
 
     python benchmarks/bench_lengths.py [--traces FILE ...] [--half odd] [--censor] [--json FILE]
 """
@@ -36,7 +37,7 @@ from vllm_suite.lengths import LengthModel, LengthSettings, OnlineLengths
 
 AGES = (0, 100, 500, 2000)
 QUANTILES = (0.5, 0.9, 0.99)
-CENSORED_AT = 512
+CENSORED_AT = (256, 1024, 4096)
 KEYS = ["class:chat", "lora:a", "prompt:2048"]
 
 
@@ -169,7 +170,7 @@ def predict(
     """Scores of one model over one trace, from knowing nothing."""
     counts = dict.fromkeys(AGES, 0)
     sums, squares, errors = (dict.fromkeys(AGES, 0.0) for _ in range(3))
-    loss, asked = 0.0, 0
+    loss, asked, predicted = 0.0, 0, 0.0
     for index, (found, length) in enumerate(rows):
         keys = found if keyed else []
         for age in AGES:
@@ -180,6 +181,7 @@ def predict(
                 break
             truth = min(length, cap) - age
             counts[age] += 1
+            predicted += 0.0 if age else rest
             sums[age] += truth
             squares[age] += truth * truth
             errors[age] += (truth - rest) ** 2
@@ -189,9 +191,9 @@ def predict(
                 guess = model.quantile(keys, q, age, cap) or 0.0
                 loss += q * (truth - guess) if truth > guess else (1 - q) * (guess - truth)
                 asked += 1
-        cut = CENSORED_AT if censor and index % 2 else cap
+        cut = CENSORED_AT[index % 3] if censor else cap
         model.observe(keys, min(length, cut), censored=length > cut, now=float(index))
-    scores = {"pinball": loss / max(asked, 1)}
+    scores = {"pinball": loss / max(asked, 1), "ratio": predicted / max(sums[0], 1.0)}
     for age in AGES:
         if counts[age] > 100:
             variance = squares[age] - sums[age] ** 2 / counts[age]
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--half", choices=["all", "even", "odd"], default="all", help="requests of a trace to use")
     parser.add_argument("--requests", type=positive, default=20_000, help="at most so many of each trace")
     parser.add_argument("--cap", type=positive, default=32_768, help="output tokens allowed to each request")
-    parser.add_argument("--censor", action="store_true", help=f"cut every second observation off at {CENSORED_AT}")
+    parser.add_argument("--censor", action="store_true", help=f"cut observations off at {CENSORED_AT}")
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the estimator")
     args = parser.parse_args(argv)
     load = os.getloadavg()

@@ -10,13 +10,14 @@ so that the instances have `--load` of what they do with all slots taken. Latenc
     learned     the expected length by class, from the answers that have ended by then
     true        the length itself, which nobody knows
 
-    python benchmarks/bench_router_lengths.py --trace servegen_r1_SAMPLED_5000.csv [--json FILE]
+    python benchmarks/bench_router_lengths.py [--trace servegen_r1_SAMPLED_5000.csv] [--json FILE]
 """
 
 from __future__ import annotations
 
 import heapq
 import os
+import random
 import statistics
 import sys
 from collections import deque
@@ -128,9 +129,22 @@ def replay(rows: Sequence[Any], way: str, instances: Sequence[Instance], stretch
     return latencies
 
 
+def drawn(count: int) -> list[Any]:
+    """Poisson arrivals of 20 classes whose medians lie between 50 and 5000 tokens."""
+    from replay_traces import Row
+
+    rng, now_s, rows = random.Random(1), 0.0, []
+    for _ in range(count):
+        now_s += rng.expovariate(1.0)
+        label = rng.randrange(20)
+        output = max(1, round(50 * 100 ** (label / 19) * rng.lognormvariate(0.0, 0.6)))
+        rows.append(Row(now_s, 200, output, str(label)))
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--trace", metavar="FILE", type=Path, required=True, help="with arrivals; see replay_traces.py")
+    parser.add_argument("--trace", metavar="FILE", type=Path, help="with arrivals; without it 20 log-normal classes")
     parser.add_argument("--instances", type=positive, default=4)
     parser.add_argument("--slots", type=positive, default=16)
     parser.add_argument("--load", type=float, nargs="+", default=[0.7, 0.9, 1.0])
@@ -140,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = os.getloadavg()
     from replay_traces import read_rows
 
-    rows = [row for row in read_rows(args.trace) if row.arrival_s is not None][: 500 if args.quick else None]
+    rows = [row for row in read_rows(args.trace) if row.arrival_s is not None] if args.trace else drawn(4000)
+    rows = rows[: 500 if args.quick else None]
     if not rows:
         parser.error(f"{args.trace} has no arrivals")
     work = statistics.fmean(min(row.output, args.max_tokens) for row in rows)

@@ -225,10 +225,13 @@ class OnlineLengths:
         with self._lock:
             # Tables as a restored instance will make them.
             for known in (self._all, *self._keys.values()):
-                if known.fresh or known.sketch.unit != 1.0:
+                if known.fresh:
                     known.table = None
-            keys = {name: SketchState.of(known.sketch) for name, known in self._keys.items()}
-            return State(storage.FORMAT, storage.VERSION, SketchState.of(self._all.sketch), keys)
+            everything = self._all.sketch.copy()
+            keys = {name: known.sketch.copy() for name, known in self._keys.items()}
+        # What takes long waits for nobody, and nobody for it.
+        states = {name: SketchState.of(sketch) for name, sketch in keys.items()}
+        return State(storage.FORMAT, storage.VERSION, SketchState.of(everything), states)
 
     def _restore(self, state: State) -> None:
         newest = list(state.keys.items())[-self.settings.max_keys :]

@@ -73,6 +73,15 @@ class Sketch:
         if unit > _RESCALE:
             self.rescale()
 
+    def copy(self) -> Sketch:
+        """Another with the same observations."""
+        made = Sketch()
+        made.bins = self.bins[:]
+        made.exact, made.exact_sums = self.exact[:], self.exact_sums[:]
+        made.censored, made.censored_sums = self.censored[:], self.censored_sums[:]
+        made.unit, made.count, made.last = self.unit, self.count, self.last
+        return made
+
     def rescale(self, faded: float = 1.0) -> None:
         """Make the newest weight `faded` and drop bins of which nothing is left."""
         scale = faded / self.unit
@@ -87,7 +96,7 @@ class Sketch:
     def absorb(self, other: Sketch, half_life_s: float | None) -> None:
         """Add another's observations, the newest of each weighing the same but for the time between them.
 
-        The other is left as it is but for its unit. The order of the two does not matter.
+        The other's observations stay as they are. The order of the two does not matter.
         """
         last = max(self.last, other.last)
         columns: dict[int, list[float]] = {}

@@ -31,26 +31,27 @@ class FileOutcome(NamedTuple):
 
 
 class SketchState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `Sketch`. The columns are equally long; weights are relative to an observation made at `last`."""
+    """A `Sketch`. The columns are equally long; an observation made at `last` has the weight `unit`."""
 
     bins: list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_BINS)]]
     exact: list[float]
     exact_sums: list[float]
     censored: list[float]
     censored_sums: list[float]
+    unit: float
     count: Annotated[int, msgspec.Meta(ge=0)]
     last: float
 
     @classmethod
     def of(cls, sketch: Sketch) -> SketchState:
-        """Copy one; its unit becomes 1."""
-        sketch.rescale()
+        """Copy one."""
         return cls(
             sketch.bins.tolist(),
             sketch.exact.tolist(),
             sketch.exact_sums.tolist(),
             sketch.censored.tolist(),
             sketch.censored_sums.tolist(),
+            sketch.unit,
             sketch.count,
             sketch.last,
         )
@@ -72,10 +73,12 @@ class SketchState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     raise StateError(f"{name}: bin {index} holds weight {weight} and {total} tokens, which cannot be")
         if not isfinite(self.last):
             raise StateError(f"{name}: a time that is no number")
+        if not (isfinite(self.unit) and self.unit > 0.0):
+            raise StateError(f"{name}: a unit of {self.unit}, which no weight can have")
         made = Sketch()
         made.bins = array("H", self.bins)
         made.exact, made.exact_sums, made.censored, made.censored_sums = (array("d", column) for column in columns)
-        made.count, made.last = self.count, self.last
+        made.unit, made.count, made.last = self.unit, self.count, self.last
         return made
 
 

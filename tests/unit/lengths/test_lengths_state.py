@@ -142,6 +142,7 @@ def edited(change) -> dict:
         (lambda data: data["all"].update(censored_sums=[7.0, 300.0]), "7.0 tokens"),
         (lambda data: data["all"].update(count=-1), "count"),
         (lambda data: data["all"].update(last=float("nan")), "no number"),
+        (lambda data: data["all"].update(unit=0.0), "unit of 0"),
         (lambda data: data["keys"]["class:a"].update(exact=[]), "key 'class:a'"),
     ],
 )
