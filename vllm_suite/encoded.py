@@ -10,7 +10,11 @@ What one stage gives the next is a dictionary under vLLM's ``ec_transfer_params`
 
     {identifier: {"suite": <Handoff>,                     # encoded; or instead of it
                   "suite_pending": <Pending>,             # being encoded by one of these producers
+                  "suite_slices": [{"suite": ...}, ...], # or each slice of it, in order
                   "metadata": {...}, "item_indices": [...]}}   # vLLM's own fields
+
+A large item may be encoded in slices, by several producers side by side. A slice is an item of its own, with an
+identifier that follows from the whole item's; see `Slice`.
 """
 
 from __future__ import annotations
@@ -29,7 +33,10 @@ from vllm_suite.handoff import VERSION, Handoff, digest
 ITEM_KEY = "suite"
 PENDING_KEY = "suite_pending"
 ERROR_KEY = "suite_error"
+SLICES_KEY = "suite_slices"  # to an encoder: {identifier of a slice: Slice}; to a consumer: a list of sources
+SLICE_KEY = "suite_slice"  # in an encoder's answer: the Slice that an entry holds
 
+MAX_SLICES = 16
 MAX_MESSAGE_BYTES = 1 << 20
 # Identifiers in one `Probe`: a reference takes some 600 bytes of the answer.
 MAX_KEYS = 1024
@@ -71,6 +78,37 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _mac(self, key: bytes) -> str:
         fields = [self.identifier, [list(msgspec.structs.astuple(c)) for c in self.candidates], float(self.wait_s)]
         return hmac.new(key, msgspec.json.encode(fields), hashlib.sha256).hexdigest()
+
+
+class Slice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A run of the units that an item's encoder treats each for itself: tiles of a picture, frames of a film.
+
+    How many units an item has, only a processor knows, so a slice is named by its place among equal ones.
+
+    Attributes:
+        of: the whole item's identifier.
+        index, count: slice ``index``, from 0, of ``count``.
+        rows: embedding rows of the whole item, in an encoder's answer; else 0.
+    """
+
+    of: str
+    index: int
+    count: int
+    rows: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether there can be such a slice."""
+        return 0 <= self.index < self.count <= MAX_SLICES and self.count > 1 and self.rows >= 0
+
+    def bounds(self, units: int) -> tuple[int, int]:
+        """First unit, and the one behind the last."""
+        return units * self.index // self.count, units * (self.index + 1) // self.count
+
+
+def slice_identifier(identifier: str, index: int, count: int) -> str:
+    """The identifier of one slice of an item. It says whose it is and where it belongs, and so does its reference."""
+    return "s-" + digest("ec-slice", identifier, str(index), str(count))
 
 
 def item_content(identifier: str) -> str:

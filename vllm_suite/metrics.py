@@ -105,6 +105,13 @@ EC: tuple[SeriesSpec, ...] = (
     SeriesSpec(
         "vllm_suite_ec_reused_items_total", "counter", "Items of encode requests that were stored already: no encode."
     ),
+    SeriesSpec(
+        "vllm_suite_ec_slices_total",
+        "counter",
+        "Slices of items that encode requests asked for: cut, or the item was encoded whole.",
+        ("outcome",),
+    ),
+    SeriesSpec("vllm_suite_ec_joined_items_total", "counter", "Items fetched in slices; their bytes by peer as ever."),
     SeriesSpec("vllm_suite_ec_pool_hits_total", "counter", "Claims of items that the pool had, by tier.", ("tier",)),
     SeriesSpec("vllm_suite_ec_pool_misses_total", "counter", "Claims of items that the pool had not."),
     SeriesSpec("vllm_suite_ec_pool_evictions_total", "counter", "Items that made room, by tier.", ("tier",)),

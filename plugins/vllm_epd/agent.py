@@ -102,6 +102,10 @@ class Agent:
         read.begin()
         return read
 
+    def knows(self, remote: str) -> bool:
+        """Whether it can be read from: giving up a read may have closed the connection."""
+        return remote in self._remotes
+
     def forget(self, remote: str) -> None:
         """Close the connection to another agent; reads from it fail."""
         if remote in self._remotes:

@@ -156,21 +156,23 @@ class Consumer:
         if isinstance(source, Refusal):
             self._refuse(request_id, identifier, source)
         elif source is not None or own:
-            pending = source.pending if source is not None else None
-            wait_s = min(pending.wait_s, self.config.pending_timeout_s) if pending is not None else 0.0
+            source = source or Source()
+            asked = source.wait_s
+            wait_s = min(asked, self.config.pending_timeout_s) if asked is not None else 0.0
             until = time.monotonic() + wait_s + self.config.fetch_timeout_s + OVERDUE_S
-            key = source.key if source is not None else ""
-            item = self._ledger.start(request_id, identifier, key, rows, until, pending is not None)
+            key = "" if own else source.key
+            item = self._ledger.start(request_id, identifier, key, rows, until, asked is not None)
             self._link.send(
                 Fetch(
                     ticket=item.ticket,
                     identifier=identifier,
-                    ref=source.ref if source is not None else None,
-                    pending=pending,
+                    ref=source.ref,
+                    pending=source.pending,
                     rows=rows,
                     width=self._width(feature.modality),
                     wait_s=wait_s,
                     fetch_s=self.config.fetch_timeout_s,
+                    slices=source.slices,
                 )
             )
 
@@ -282,7 +284,8 @@ class Consumer:
     def fetched(self, rank: int, report: Fetched) -> None:
         """A worker's end of an attempt."""
         why = known_refusal(report.refusal) if report.refusal else None
-        settled = self._ledger.answered(rank, report.ticket, why, report.size, report.seconds, report.producer)
+        said = (report.size, report.seconds, report.producer, report.shares)
+        settled = self._ledger.answered(rank, report.ticket, why, *said)
         if settled is not None:
             self._settle(settled)
 
@@ -309,7 +312,10 @@ class Consumer:
         item = settled.item
         if settled.refusal is None:
             self._stats.count("fetches", "ok")
-            self._stats.count("fetch_bytes", item.producer, item.size)
+            if item.shares:
+                self._stats.count("joined_items")
+            for producer, size in (item.shares or {item.producer: item.size}).items():
+                self._stats.count("fetch_bytes", producer, size)
             self._stats.observe("fetch_seconds", item.seconds)
             return
         logger.warning("epd: item %.64r refused: %s", item.identifier, settled.refusal)

@@ -7,6 +7,8 @@ starts an attempt of its own.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_suite.handoff import Refusal
@@ -24,6 +26,7 @@ class Item:
         wanted_by: requests that wait for it or will load it.
         missing: ranks that have not answered.
         size, seconds, producer: of the slowest rank, once ready; ``size`` is the sum over ranks.
+        shares: for an item in slices, ``size`` by producer.
     """
 
     identifier: str
@@ -37,6 +40,7 @@ class Item:
     size: int = 0
     seconds: float = 0.0
     producer: str = ""
+    shares: Counter[str] = field(default_factory=Counter)
 
     @property
     def ready(self) -> bool:
@@ -119,7 +123,14 @@ class Ledger:
     # --- the workers' answers ---
 
     def answered(
-        self, rank: int, ticket: int, refusal: Refusal | None, size: int = 0, seconds: float = 0.0, producer: str = ""
+        self,
+        rank: int,
+        ticket: int,
+        refusal: Refusal | None,
+        size: int = 0,
+        seconds: float = 0.0,
+        producer: str = "",
+        shares: Mapping[str, int] | None = None,
     ) -> Settled | None:
         """One rank's end of an attempt; the attempt's own end where it is that."""
         item = self._by_ticket.get(ticket)
@@ -131,6 +142,7 @@ class Ledger:
         item.size += size
         item.seconds = max(item.seconds, seconds)
         item.producer = item.producer or producer
+        item.shares.update(shares or {})
         return Settled(item, None) if item.ready else None
 
     def overdue(self, now: float) -> list[Settled]:

@@ -14,12 +14,21 @@ from vllm_suite.handoff import Handoff
 MAX_PACKET = 64 << 10
 
 
+class SliceSource(msgspec.Struct, frozen=True):
+    """Where one slice of an item is: ``ref`` or ``pending``, exactly one of both."""
+
+    identifier: str
+    ref: Handoff | None
+    pending: Pending | None
+
+
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     """Scheduler to workers: get one item into the receive pool.
 
     Attributes:
         ticket: names this attempt; new for each.
-        ref, pending: where it is; exactly one of both.
+        ref, pending, slices: where it is; exactly one of the three, or none for what this instance has itself.
+            ``slices`` are in the order of their rows.
         rows, width: what the model needs.
         wait_s: seconds a pending item may take to be made; 0 with ``ref``.
         fetch_s: seconds all the rest may take.
@@ -33,6 +42,7 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     width: int
     wait_s: float
     fetch_s: float
+    slices: tuple[SliceSource, ...] = ()
 
 
 class Drop(msgspec.Struct, frozen=True, tag="drop"):
@@ -76,13 +86,17 @@ class Evicted(msgspec.Struct, frozen=True, tag="evicted"):
 
 
 class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
-    """Worker to scheduler: how an attempt ended; ``refusal`` is "" where the item is ready to be loaded."""
+    """Worker to scheduler: how an attempt ended; ``refusal`` is "" where the item is ready to be loaded.
+
+    ``shares``: bytes from each producer, of an item in slices.
+    """
 
     ticket: int
     refusal: str
     size: int
     seconds: float
     producer: str
+    shares: dict[str, int] = {}
 
 
 class Lost(msgspec.Struct, frozen=True, tag="lost"):

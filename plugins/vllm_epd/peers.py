@@ -186,6 +186,10 @@ class Peer:
         try:
             self._writer.write(frame(message))
             return await future
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._unwanted(future.result())
+            raise
         finally:
             if not future.done() or future.cancelled():
                 self._waiting.pop(message.seq, None)
@@ -232,8 +236,8 @@ class Peer:
                 future = self._waiting.pop(answer.seq, None) if not isinstance(answer, Challenge) else None
                 if future is not None and not future.done():
                     future.set_result(answer)
-                elif isinstance(answer, Granted):
-                    self.release(answer, ok=True)  # whoever asked has gone
+                else:
+                    self._unwanted(answer)
         except (OSError, asyncio.IncompleteReadError, BadMessage) as failure:
             error = failure
         finally:
@@ -244,6 +248,11 @@ class Peer:
             for future in waiting.values():
                 if not future.done():
                     future.set_exception(error)
+
+    def _unwanted(self, answer: Answer) -> None:
+        """Whoever asked has gone: a pin would last for its whole time."""
+        if isinstance(answer, Granted):
+            self.release(answer, ok=True)
 
     def _disconnect(self) -> None:
         if self._writer is not None:

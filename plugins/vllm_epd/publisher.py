@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vllm_epd.config import EpdConfig
+from vllm_epd.cuts import Cuts
 from vllm_epd.exchange import StepPlan
 from vllm_epd.messages import Saved
 from vllm_epd.sources import known_refusal, usable
@@ -23,16 +24,23 @@ class Publisher:
     Args:
         alone: the instance does nothing but encode, so every request is for others. Elsewhere only those are that
             say so.
+        cuts: slices of items, where this instance makes any.
     """
 
     def __init__(
-        self, config: EpdConfig, resolver: PlaceholderMetadataResolver, key: bytes | None, alone: bool
+        self,
+        config: EpdConfig,
+        resolver: PlaceholderMetadataResolver,
+        key: bytes | None,
+        alone: bool,
+        cuts: Cuts | None = None,
     ) -> None:
         self.producer: Producer | None = None
         self._config = config
         self._resolver = resolver
         self._key = key
         self._alone = alone
+        self._cuts = cuts
         self._forget = False
         self._kept: dict[str, Saved] = {}
         self._not_stored: dict[str, Refusal] = {}
@@ -81,9 +89,13 @@ class Publisher:
     def note(self, request: Any) -> None:
         """Remember a request that only encodes."""
         params = request.ec_transfer_params
+        if request.request_id in self._encode_only:
+            return
         if isinstance(params, dict) and params.get(ENCODE_ONLY_KEY) is True:
+            if self._cuts is not None:
+                self._cuts.apply(request, self.kept)
             identifiers = tuple(feature.identifier for feature in request.mm_features)
-            self._encode_only.setdefault(request.request_id, identifiers)
+            self._encode_only[request.request_id] = identifiers
 
     def encodes_only(self, request_id: str) -> bool:
         return request_id in self._encode_only
@@ -116,6 +128,8 @@ class Publisher:
 
     def missing(self, request: Any) -> tuple[str, ...]:
         """What a request that was given up would have encoded."""
+        if self._cuts is not None:
+            self._cuts.forget(request.request_id)
         identifiers = {feature.identifier for feature in request.mm_features} - self._kept.keys()
         return tuple(sorted(filter(usable, identifiers)))
 
@@ -130,4 +144,6 @@ class Publisher:
                 entry[ITEM_KEY] = ref.to_json()
             else:
                 entry[ERROR_KEY] = self._not_stored.get(identifier, Refusal.NOT_STORED).value
+        if self._cuts is not None:
+            self._cuts.describe(request.request_id, items)
         return items or None

@@ -23,6 +23,7 @@ from vllm_epd.messages import Fetch, Fetched
 from vllm_epd.peers import Me, Peer, Peers
 from vllm_epd.pool import DTYPES, Pool
 from vllm_epd.room import Region, Room
+from vllm_epd.slices import SliceFetches
 from vllm_suite.encoded import Granted, Where
 from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread
@@ -84,6 +85,7 @@ class Puller:
         self._lock = threading.Lock()
         self.faults: Counter[str] = Counter()
         self.room = Room(slab, thread.loop, self.faults)
+        self._slices = SliceFetches(self.room, self._claim, self._bring)
 
     # --- other threads ---
 
@@ -159,20 +161,27 @@ class Puller:
         if isinstance(outcome, Refusal):
             self._report(Fetched(order.ticket, outcome.value, 0, time.monotonic() - begun, producer))
             return
-        ready, producer, begun = outcome
+        ready, shares, begun = outcome
         with self._lock:
             self._ready[order.ticket] = ready
         size = order.rows * order.width * self._itemsize
-        self._report(Fetched(order.ticket, "", size, time.monotonic() - begun, producer))
+        producer = next(iter(shares))
+        seconds = time.monotonic() - begun
+        self._report(Fetched(order.ticket, "", size, seconds, producer, shares if order.slices else {}))
 
-    async def _fetch(self, order: Fetch) -> tuple[Ready, str, float] | Refusal:
-        """The item, who made it, and when its transfer began."""
+    async def _fetch(self, order: Fetch) -> tuple[Ready, dict[str, int], float] | Refusal:
+        """The item, bytes by who made them, and when its transfer began."""
         size = order.rows * order.width * self._itemsize
         begun = time.monotonic()
         if self._is_own(order):
             return self._from_own(order, begun)
         if size > self.room.capacity_bytes:
             return Refusal.TOO_LARGE
+        if order.slices:
+            joined = await self._slices.fetch(order, order.width * self._itemsize)
+            if isinstance(joined, Refusal):
+                return joined
+            return Ready(joined.region, None, order.rows, order.width), joined.shares, joined.begun
         region = None
         if order.pending is None:
             region = await self.room.take(size, order.fetch_s)
@@ -199,7 +208,7 @@ class Puller:
             if refusal is not None:
                 return refusal
             ready, region = Ready(region, None, order.rows, order.width), None
-            return ready, peer.place.producer, begun
+            return ready, {peer.place.producer: size}, begun
         finally:
             if region is not None:
                 self.room.give(region)
@@ -207,12 +216,12 @@ class Puller:
     def _is_own(self, order: Fetch) -> bool:
         if self._own is None:
             return False
-        if order.ref is None and order.pending is None:
+        if order.ref is None and order.pending is None and not order.slices:
             return True
         ref, place = order.ref, self._own[1]
         return ref is not None and (ref.producer, ref.epoch) == (place.producer, place.epoch)
 
-    def _from_own(self, order: Fetch, begun: float) -> tuple[Ready, str, float] | Refusal:
+    def _from_own(self, order: Fetch, begun: float) -> tuple[Ready, dict[str, int], float] | Refusal:
         assert self._own is not None
         pool, place = self._own
         values = pool.load(order.identifier)
@@ -220,7 +229,7 @@ class Puller:
             return Refusal.EXPIRED if order.ref is not None else Refusal.UNKNOWN
         if tuple(values.shape) != (order.rows, order.width) or values.dtype != DTYPES[self._dtype]:
             return Refusal.WRONG_SHAPE
-        return Ready(None, values, order.rows, order.width), place.producer, begun
+        return Ready(None, values, order.rows, order.width), {place.producer: values.nbytes}, begun
 
     # --- claims ---
 
@@ -248,12 +257,14 @@ class Puller:
                 for task in done:
                     answer = task.result()
                     if not isinstance(answer, Refusal):
+                        asking |= done - {task}
                         return answer
                     last = answer
             return last
         finally:
             for task in asking:
-                task.cancel()
+                if not task.cancel() and not task.cancelled() and task.exception() is None:
+                    _end_claim(task.result())  # another one was faster, or nobody waits any more
 
     async def _wait_at(self, peer: Peer, order: Fetch, until: float) -> tuple[Peer, Granted] | Refusal:
         while True:
@@ -270,16 +281,22 @@ class Puller:
 
     # --- reads ---
 
-    async def _bring(self, order: Fetch, peer: Peer, granted: Granted, region: Region) -> Refusal | None:
-        """Read and verify a granted item, and end its claim."""
+    async def _bring(
+        self, order: Fetch, peer: Peer, granted: Granted, region: Region, whole: Region | None = None
+    ) -> Refusal | None:
+        """Read and verify a granted item, and end its claim. ``whole``: the place that ``region`` is a part of."""
         refusal: Refusal | None = Refusal.READ_FAILED
+        given_up = False
         try:
-            refusal = self._unlike(order, granted) or await self._read(peer, granted, region)
+            refusal = self._unlike(order, granted) or await self._read(peer, granted, region, whole or region)
             refusal = refusal or self._unsound(granted, region)
             return refusal
+        except asyncio.CancelledError:
+            given_up = True
+            raise
         finally:
             peer.release(granted, ok=refusal is None)
-            if refusal is Refusal.READ_FAILED:
+            if refusal is Refusal.READ_FAILED and not (given_up and self._agent.knows(peer.remote)):
                 peer.reset()
 
     def _unlike(self, order: Fetch, granted: Granted) -> Refusal | None:
@@ -294,7 +311,7 @@ class Puller:
             return Refusal.TRUNCATED if granted.size < size else Refusal.WRONG_SHAPE
         return None
 
-    async def _read(self, peer: Peer, granted: Granted, region: Region) -> Refusal | None:
+    async def _read(self, peer: Peer, granted: Granted, region: Region, whole: Region) -> Refusal | None:
         deadline = time.monotonic() + min(self._config.read_timeout_s, granted.hold_s)
         local = self.room.addresses(region)
         peer.reads += 1
@@ -315,7 +332,7 @@ class Puller:
             logger.warning("epd: reading from %s: %s", peer.place.producer, error)
         finally:
             if read is not None and read.state != "done" and not read.cancel():
-                self.room.keep_away(read, region)
+                self.room.keep_away(read, whole)
             peer.read_ended()
         return Refusal.READ_FAILED
 
@@ -326,3 +343,9 @@ class Puller:
         if self._config.verify_finite and not finite(data.view(DTYPES[self._dtype])):
             return Refusal.NON_FINITE
         return None
+
+
+def _end_claim(answer: tuple[Peer, Granted] | Refusal) -> None:
+    if not isinstance(answer, Refusal):
+        peer, granted = answer
+        peer.release(granted, ok=True)

@@ -128,11 +128,8 @@ class Room:
         self._loop.call_later(1.0, self._try_again)
 
     def _try_again(self) -> None:
-        stuck, self._stuck = self._stuck, []
-        for read, region in stuck:
-            if read.cancel():
-                self.give(region)
-            else:
-                self._stuck.append((read, region))
+        tried, self._stuck = self._stuck, [stuck for stuck in self._stuck if not stuck[0].cancel()]
+        for region in {id(region): region for _, region in tried}.values():
+            self.give(region)  # unless another read may still write there
         if self._stuck:
             self._loop.call_later(1.0, self._try_again)

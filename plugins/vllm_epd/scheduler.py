@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm_epd.config import ConfigError, EpdConfig
 from vllm_epd.consumer import Consumer
+from vllm_epd.cuts import Cuts
 from vllm_epd.exchange import StepPlan
 from vllm_epd.link import SchedulerEnd, link_name
 from vllm_epd.messages import Counters, Evicted, Fetched, GaveUp, Lost, Saved, Serving
@@ -76,7 +77,10 @@ class SuiteECScheduler:
         self.publisher: Publisher | None = None
         self.consumer: Consumer | None = None
         if transfer.is_ec_producer:
-            self.publisher = Publisher(config, resolver, key, alone=not transfer.is_ec_consumer)
+            # An instance that also computes prompts would read a whole item where only a slice of it lies.
+            alone = not transfer.is_ec_consumer
+            cuts = Cuts(vllm_config.model_config, self.stats, self._link.send) if alone else None
+            self.publisher = Publisher(config, resolver, key, alone, cuts)
         if transfer.is_ec_consumer:
             stored_here = self.publisher.kept if self.publisher is not None else _nothing
             self.consumer = Consumer(

@@ -13,8 +13,19 @@ from typing import Any
 
 import msgspec
 
+from vllm_epd.messages import SliceSource
 from vllm_suite.compat.fence import ec_layout_digest, model_digest
-from vllm_suite.encoded import ERROR_KEY, ITEM_KEY, PENDING_KEY, Pending, item_content, item_location
+from vllm_suite.encoded import (
+    ERROR_KEY,
+    ITEM_KEY,
+    MAX_SLICES,
+    PENDING_KEY,
+    SLICES_KEY,
+    Pending,
+    item_content,
+    item_location,
+    slice_identifier,
+)
 from vllm_suite.handoff import Handoff, Refusal, parse
 
 MAX_CANDIDATES = 16
@@ -45,15 +56,22 @@ def sound_metadata(feature: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One usable source: a reference, or producers that are about to have the item."""
+    """One usable source: a reference, or producers that are about to have the item, or its slices in order."""
 
-    ref: Handoff | None
-    pending: Pending | None
+    ref: Handoff | None = None
+    pending: Pending | None = None
+    slices: tuple[SliceSource, ...] = ()
 
     @property
     def key(self) -> str:
         """Equal for equal sources."""
-        return msgspec.json.encode(self.ref if self.ref is not None else self.pending).decode()
+        return msgspec.json.encode(self.ref or self.pending or self.slices).decode()
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long the item may take to be made; None where all of it is."""
+        pending = (self.pending, *(one.pending for one in self.slices))
+        return max((one.wait_s for one in pending if one is not None), default=None)
 
 
 class OwnView:
@@ -83,21 +101,44 @@ class OwnView:
         entry = params[identifier]
         if not isinstance(entry, dict) or not usable(identifier):
             return Refusal.MALFORMED
-        source: Source | Refusal
-        if entry.get(ITEM_KEY) is not None:
-            ref = parse(entry[ITEM_KEY])
-            if isinstance(ref, Refusal):
-                return ref
-            source = self._refuse_ref(ref, identifier, rows) or Source(ref, None)
-        elif entry.get(PENDING_KEY) is not None:
-            source = self._pending(entry[PENDING_KEY], identifier)
-        else:
-            return known_refusal(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
+        named = entry.get(SLICES_KEY)
+        source = self._slices(named, identifier, rows) if named is not None else self._one(entry, identifier, rows)
         if isinstance(source, Source) and len(source.key) > MAX_SOURCE_BYTES:
             return Refusal.MALFORMED
         return source
 
-    def _refuse_ref(self, ref: Handoff, identifier: str, rows: int) -> Refusal | None:
+    def _one(self, entry: dict[str, Any], identifier: str, rows: int | None) -> Source | Refusal:
+        """What is said of an item, or of a slice; ``rows`` is None where any number will do."""
+        if entry.get(ITEM_KEY) is not None:
+            ref = parse(entry[ITEM_KEY])
+            if isinstance(ref, Refusal):
+                return ref
+            return self._refuse_ref(ref, identifier, rows) or Source(ref)
+        if entry.get(PENDING_KEY) is not None:
+            return self._pending(entry[PENDING_KEY], identifier)
+        return known_refusal(entry[ERROR_KEY]) if ERROR_KEY in entry else Refusal.UNFENCED
+
+    def _slices(self, entries: Any, identifier: str, rows: int) -> Source | Refusal:
+        """Slices in order. Each says by its identifier whose it is and where it belongs, so their order is checked."""
+        if not isinstance(entries, list) or not 1 < len(entries) <= MAX_SLICES:
+            return Refusal.MALFORMED
+        slices: list[SliceSource] = []
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                return Refusal.MALFORMED
+            name = slice_identifier(identifier, index, len(entries))
+            one = self._one(entry, name, None)
+            if isinstance(one, Refusal):
+                return one
+            slices.append(SliceSource(name, one.ref, one.pending))
+        known = [one.ref.tokens for one in slices if one.ref is not None]
+        if min(known, default=1) < 1 or sum(known) + len(slices) - len(known) > rows:
+            return Refusal.WRONG_SHAPE
+        if len(known) == len(slices) and sum(known) < rows:
+            return Refusal.TRUNCATED
+        return Source(slices=tuple(slices))
+
+    def _refuse_ref(self, ref: Handoff, identifier: str, rows: int | None) -> Refusal | None:
         if refusal := ref.check_signature(self.key):
             return refusal
         if ref.model != self.model:
@@ -108,7 +149,7 @@ class OwnView:
             return Refusal.FOREIGN_CONTENT
         if ref.location != item_location(identifier, ref.claim_host, ref.claim_port):
             return Refusal.TAMPERED
-        if ref.tokens != rows:
+        if rows is not None and ref.tokens != rows:
             return Refusal.TRUNCATED if ref.tokens < rows else Refusal.WRONG_SHAPE
         return None
 
@@ -125,7 +166,7 @@ class OwnView:
             return Refusal.BAD_SIGNATURE
         if pending.identifier != identifier:
             return Refusal.FOREIGN_CONTENT
-        return Source(None, pending)
+        return Source(pending=pending)
 
 
 def known_refusal(value: Any) -> Refusal:

@@ -93,6 +93,28 @@ _CONFIG_ROWS = (
     Contract("vllm.v1.request:Request.get_num_encoder_embeds", "method", "rows of an item", ("self", "input_id")),
 )
 
+# A slice of an item is made of the fields that a family's processor gives it.
+_SLICE_ROWS = (
+    Contract("vllm.config.model:ModelConfig.architecture", "property", "which items are encoded unit by unit"),
+    Contract(
+        "vllm.config.multimodal:MultiModalConfig.is_multimodal_pruning_enabled", "method", "films stay whole", ("self",)
+    ),
+    Contract("vllm.config.multimodal:MultiModalConfig.mm_processor_cache_type", "attribute", "where items are cut"),
+    Contract("vllm.multimodal.inputs:MultiModalFieldElem.data", "attribute", "pixels and their number"),
+    Contract("vllm.multimodal.inputs:MultiModalKwargsItem", "class", "fields of an item by name"),
+    *(
+        Contract(f"vllm.model_executor.models.{module}", "literal", "field of an item", value=value)
+        for module, values in (
+            ("interns1", ("pixel_values", "image_num_patches", "pixel_values_videos", "video_num_patches")),
+            ("internvl", ("pixel_values_flat", "image_num_patches", "pixel_values_flat_video", "video_num_patches")),
+            ("qwen2_vl", ("pixel_values_videos", "video_grid_thw")),
+            ("qwen2_5_vl", ("pixel_values_videos", "video_grid_thw")),
+            ("qwen3_vl", ("pixel_values_videos", "video_grid_thw")),
+        )
+        for value in values
+    ),
+)
+
 _STATS_ROWS = (
     Contract(_STATS, "class", "base of our statistics"),
     Contract(f"{_STATS}.data", "attribute", "holds our series"),
@@ -108,4 +130,4 @@ _STATS_ROWS = (
     Contract(f"{_PROM}._histogram_cls", "instance", "series that work with several API servers"),
 )
 
-ROWS: tuple[Contract, ...] = (*_CONNECTOR_ROWS, *_MANAGER_ROWS, *_CONFIG_ROWS, *_STATS_ROWS)
+ROWS: tuple[Contract, ...] = (*_CONNECTOR_ROWS, *_MANAGER_ROWS, *_CONFIG_ROWS, *_SLICE_ROWS, *_STATS_ROWS)

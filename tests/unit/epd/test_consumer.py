@@ -9,14 +9,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import msgspec
 import torch
 
 from vllm_epd.config import EpdConfig
 from vllm_epd.consumer import Consumer
-from vllm_epd.messages import Drop, Fetch, Fetched
+from vllm_epd.messages import Drop, Fetch, Fetched, packets_of, worker_decoder
 from vllm_epd.sources import OwnView
 from vllm_epd.stats import SuiteECStats
-from vllm_suite.encoded import Producer
+from vllm_suite.encoded import Pending, Producer, Where, slice_identifier
 
 PRODUCER = Producer("e", "epoch", "model", "layout", "10.0.0.1", 5600)
 
@@ -160,3 +161,56 @@ def test_a_wider_output_for_models_with_levels() -> None:
     )
     bench.consumer.admit(asking(item("i", 0, False)), 0)
     assert bench.fetches()[0].width == 512
+
+
+def in_slices(*rows: int, pending: bool = False, pixels: bool = True) -> Any:
+    request = asking(item("i", 0, pixels), refs=False)
+    sources: list[Any] = []
+    for index, number in enumerate(rows):
+        name = slice_identifier("i", index, len(rows))
+        if pending and index == 0:
+            place = Where("e", "epoch", "10.0.0.1", 5600)
+            word = Pending(identifier=name, candidates=(place,), wait_s=7.0)
+            sources.append({"suite_pending": msgspec.to_builtins(word)})
+        else:
+            sources.append({"suite": PRODUCER.reference(name, "item-1", number, 30.0, None).to_json()})
+    request.ec_transfer_params = {"i": {"suite_slices": sources}}
+    return request
+
+
+def test_an_item_in_slices_is_one_fetch() -> None:
+    bench, request = Bench(), in_slices(9, 7)
+    assert not bench.consumer.admit(request, 0)
+    (fetch,) = bench.fetches()
+    assert (fetch.ref, fetch.pending, fetch.rows, fetch.wait_s) == (None, None, 16, 0.0)
+    assert [one.identifier for one in fetch.slices] == [slice_identifier("i", index, 2) for index in range(2)]
+    (packet,) = packets_of([fetch])
+    assert worker_decoder.decode(packet) == [fetch]
+    bench.consumer.fetched(0, Fetched(fetch.ticket, "", 160, 0.1, "a", {"a": 90, "b": 70}))
+    assert bench.consumer.admit(request, 0)
+    assert bench.counted("fetch_bytes") == {"a": 90, "b": 70}
+    assert bench.counted("joined_items") == {"": 1}
+    assert bench.counted("fetches") == {"ok": 1}
+
+
+def test_slices_under_way_are_waited_for_as_long_as_the_slowest() -> None:
+    bench = Bench()
+    assert not bench.consumer.admit(in_slices(9, 7, pending=True), 0)
+    (fetch,) = bench.fetches()
+    assert fetch.wait_s == 7.0
+    assert [one.pending is None for one in fetch.slices] == [False, True]
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_slices_that_are_refused_before_or_after_they_are_asked_for(pixels: bool) -> None:
+    bench = Bench()
+    early, late = in_slices(9, 6, pixels=pixels), in_slices(9, 7, pixels=pixels)
+    late.request_id = "late"
+    assert bench.consumer.admit(early, 0) is pixels
+    assert bench.counted("refused") == {"truncated": 1}
+    assert not bench.consumer.admit(late, 0)
+    bench.arrive("peer_dead")
+    assert bench.consumer.admit(late, 0) is pixels
+    assert bench.counted("refused") == {"truncated": 1, "peer_dead": 1}
+    assert bench.consumer.take_unavailable() == (set() if pixels else {"r", "late"})
+    assert len(bench.fetches()) == 1
