@@ -20,13 +20,15 @@ from vllm_suite.router.policies import Candidate, Demand, Policy
 
 
 class ItemChannel(NamedTuple):
-    """Where an instance serves its encoder outputs, what its EC connector does (`ec_producer`, ...), and whether it
-    has an encoder.
+    """Where an instance serves its encoder outputs, and what its EC connector does (`ec_producer`, ...).
+
+    `slices` are the modalities of which it encodes slices, `encodes` says whether it has an encoder.
     """
 
     host: str
     port: int
     role: str
+    slices: tuple[str, ...] = ()
     encodes: bool = True
 
 
@@ -114,6 +116,10 @@ class Member:
     def takes_items(self) -> bool:
         """Can use what others have encoded."""
         return self.state.ec is not None and self.state.ec.role in ("ec_consumer", "ec_both")
+
+    def slices(self, modality: str) -> bool:
+        """Can encode a slice of an item of this modality."""
+        return self.state.ec is not None and modality in self.state.ec.slices
 
     def charge(self, tokens: int) -> None:
         """A request of so many tokens begins; `discharge` ends it."""

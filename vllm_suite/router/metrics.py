@@ -46,6 +46,7 @@ COUNTERS = (
     _Series("length_state", "Reads and writes of the file of learned lengths", ("step", "outcome")),
     _Series("encode_items", "Media items of requests by what became of them", ("modality", "outcome")),
     _Series("encode_shared_items", "Items that were already being encoded for another request", ("modality",)),
+    _Series("encode_slices", "Slices of items by what became of them", ("modality", "outcome")),
     _Series("encode_tokens", "Encoder tokens demanded, estimated: what encoders are scaled by", ("modality",)),
     _Series("encode_bytes", "Media bytes sent to encoders", ("modality",)),
     _Series("encode_fetched_bytes", "Media bytes fetched from URLs", ("modality",)),

@@ -77,8 +77,12 @@ def _item_channel(found: object) -> ItemChannel | None:
     host, port, role = found.get("host"), found.get("port"), found.get("role")
     if not (isinstance(host, str) and isinstance(port, int) and isinstance(role, str)):
         return None
+    slices = found.get("slices", [])
+    if not isinstance(slices, list) or not all(isinstance(one, str) for one in slices):
+        return None
     # A consumer serves nothing; it may say so with an empty host or port 0.
-    return ItemChannel(host, port, role, found.get("encodes") is not False) if 0 <= port < 65_536 else None
+    encodes = found.get("encodes") is not False
+    return ItemChannel(host, port, role, tuple(slices), encodes) if 0 <= port < 65_536 else None
 
 
 class SuiteProbe:

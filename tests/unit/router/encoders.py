@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from aiohttp import web
 from scripted import Instance
 
@@ -23,16 +24,19 @@ from vllm_suite.encoded import (
     Probe,
     Producer,
     Refused,
+    Slice,
     Welcome,
     frame,
     hello_mac,
     read_frame,
     request_decoder,
+    slice_identifier,
 )
 from vllm_suite.handoff import digest, fleet_key
 
 CONSUMER = {"host": "", "port": 0, "role": "ec_consumer"}
 ROWS = 64
+UNITS = 16
 
 
 @dataclass
@@ -41,7 +45,10 @@ class Encoder(Instance):
 
     no_params (no ec_transfer_params) · no_item (the first item has no entry) · not_kept (the first item has a
     suite_error) · foreign (references of another producer) · unsigned · other_content · odd (identifiers of its
-    own) · bare (metadata missing) · bad_grid · half (a head, and then nothing).
+    own) · bare (metadata missing) · bad_grid · half (a head, and then nothing) · uncut (whole items in the place of
+    slices) · unsaid (slices that are not said to be slices) · short (slices without their last row).
+
+    ``slices`` are the modalities of which it makes slices; an item has `ROWS` rows in `UNITS` units.
 
     `broken` are identities whose requests it refuses with 400, as vLLM does where one of several images is corrupt.
     """
@@ -51,6 +58,7 @@ class Encoder(Instance):
     broken: set[str] = field(default_factory=set)
     kept: dict[str, int] = field(default_factory=dict)
     probes: list[tuple[str, ...]] = field(default_factory=list)
+    slices: tuple[str, ...] = ()
     probe_mode: str = "ok"  # ok · silent · junk · close · none
     connections: int = 0
 
@@ -58,7 +66,7 @@ class Encoder(Instance):
         self._channels: set[asyncio.StreamWriter] = set()
         self._server = await asyncio.start_server(self._channel, "127.0.0.1", 0)
         host, port = self._server.sockets[0].getsockname()[:2]
-        self.ec = {"host": host, "port": port, "role": self.ec_role}
+        self.ec = {"host": host, "port": port, "role": self.ec_role, "slices": list(self.slices)}
         await super().start()
         return self
 
@@ -102,13 +110,24 @@ class Encoder(Instance):
         if word == "no_params":
             return web.json_response({"choices": [], "ec_transfer_params": None})
         entries: dict[str, Any] = {}
+        pieces = msgspec.convert(body["ec_transfer_params"].get("suite_slices", {}), dict[str, Slice])
         for index, name in enumerate(names):
+            rows = ROWS
+            if (piece := pieces.get(name)) is not None:
+                assert name == slice_identifier(piece.of, piece.index, piece.count)
+                if word == "uncut":
+                    name = piece.of
+                else:
+                    start, stop = piece.bounds(UNITS)
+                    rows = (stop - start) * ROWS // UNITS - (word == "short")
             identifier = digest("odd", name) if word == "odd" else name
             entry: dict[str, Any] = {"item_indices": [index], "metadata": dict(self.metadata)}
             if word == "bare":
                 entry["metadata"] = {}
             if word == "bad_grid":
                 entry["metadata"] = {"image_grid_thw": [1.0, 8, 8]}
+            if piece is not None and name != piece.of and word != "unsaid":
+                entry |= {"metadata": {}, "suite_slice": {**msgspec.structs.asdict(piece), "rows": ROWS}}
             if index == 0 and word == "no_item":
                 continue
             if index == 0 and word == "not_kept":
@@ -119,8 +138,8 @@ class Encoder(Instance):
                 over = {"content": digest("else")}
             if word == "unsigned":
                 over = {"mac": ""}
-            entry["suite"] = self.reference(identifier, **over)
-            self.kept[identifier] = ROWS
+            entry["suite"] = self.reference(identifier, rows, **over)
+            self.kept[identifier] = rows
             entries[identifier] = entry
         answer = {"choices": [{"index": 0, "message": {"content": ""}, "finish_reason": "stop"}]}
         return web.json_response({**answer, "ec_transfer_params": entries})
@@ -164,7 +183,7 @@ class Encoder(Instance):
 
 WORDS = frozenset(
     ["no_params", "no_item", "not_kept", "foreign", "unsigned", "other_content", "odd", "bare", "bad_grid", "half"],
-)
+) | {"uncut", "unsaid", "short"}
 
 
 def parts_of(body: Any) -> list[dict[str, Any]]:

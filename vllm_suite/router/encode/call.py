@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 from multidict import CIMultiDict
 
-from vllm_suite.encoded import item_content
+from vllm_suite.encoded import SLICES_KEY, Slice, item_content
 from vllm_suite.handoff import Handoff, parse
 from vllm_suite.router.encode.examine import Scope
 from vllm_suite.router.encode.known import Encoded
@@ -53,6 +53,7 @@ class Rejected(Exception):
 class _Entry(msgspec.Struct):
     suite: Any = None
     suite_error: str | None = None
+    suite_slice: Slice | None = None
     metadata: dict[str, Any] | None = None
     item_indices: list[int] | None = None
 
@@ -76,14 +77,17 @@ _encode = msgspec.json.Encoder().encode
 
 def body(request: Request, items: Sequence[Item]) -> bytes:
     """The encoder's request: one user message with the items in order."""
-    document = {
+    document: dict[str, Any] = {
         **request.options,
-        "messages": [{"role": "user", "content": [item.raw for item in items]}],
+        "messages": [{"role": "user", "content": [item.wire for item in items]}],
         "max_tokens": 1,
         "stream": False,
         "temperature": 0,
         "ec_transfer_params": {"suite_encode_only": True},
     }
+    slices = {item.identity: item.piece for item in items if item.piece is not None}
+    if slices:
+        document["ec_transfer_params"][SLICES_KEY] = slices
     if request.model is not None:
         document["model"] = request.model
     return _encode(document)
@@ -152,6 +156,9 @@ def _read(answer: bytes, member: Member, items: Sequence[Item], key: bytes | Non
     plain = len(by_position) == len(entries) == len(items)
     result: list[Encoded | UpstreamFailure] = []
     for position, item in enumerate(items):
+        if item.piece is not None:
+            result.append(_slice(item.identity, item.piece, entries, member, key))
+            continue
         name = item.identity if item.identity in entries else by_position.get(position, "") if plain else ""
         entry = entries.get(name)
         result.append(
@@ -160,6 +167,21 @@ def _read(answer: bytes, member: Member, items: Sequence[Item], key: bytes | Non
             else _checked(name, entry, member, key)
         )
     return result
+
+
+def _slice(
+    identity: str, piece: Slice, entries: dict[str, _Entry], member: Member, key: bytes | None
+) -> Encoded | UpstreamFailure:
+    """What became of a slice. An encoder that could not cut the item has encoded all of it, under its own name."""
+    whole = entries.get(piece.of)
+    if whole is not None and identity not in entries:
+        return _checked(piece.of, whole, member, key)
+    entry = entries.get(identity)
+    said = entry.suite_slice if entry is not None else None
+    if entry is None or said is None or (said.of, said.index, said.count) != (piece.of, piece.index, piece.count):
+        return UpstreamFailure("not_sliced", "the encoder gave no slice")
+    encoded = _checked(identity, entry, member, key)
+    return encoded._replace(of=said.rows) if isinstance(encoded, Encoded) else encoded
 
 
 def _checked(identifier: str, entry: _Entry, member: Member, key: bytes | None) -> Encoded | UpstreamFailure:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from vllm_suite.encoded import MAX_SLICES
 from vllm_suite.router.settings import Bytes, Count, Seconds, Settings
 
 
@@ -36,6 +37,22 @@ class Fetch(Settings):
     connect_timeout_s: Seconds = 2.0
     timeout_s: Seconds = Field(default=10.0, description="one item, redirects included")
     concurrency: Annotated[int, Field(ge=1)] = Field(default=16, description="downloads at a time in one router")
+
+
+class Slices(Settings):
+    """One large item over several encoders: tiles of a picture, frames of a film. Only of models whose encoder treats
+    each for itself (the instances say which), and only where encoders have little else to do.
+    """
+
+    enabled: bool = True
+    min_tokens: Annotated[int, Field(ge=2)] = Field(
+        default=1024, description="an item of fewer rows, as predicted, stays whole"
+    )
+    slice_tokens: Annotated[int, Field(ge=1)] = Field(default=512, description="rows of a slice, at least")
+    max_slices: Annotated[int, Field(ge=2, le=MAX_SLICES)] = Field(default=8, description="slices of one item")
+    min_encoders: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="encoders with less to do than the item itself, without which it stays whole"
+    )
 
 
 class Encode(Settings):
@@ -86,4 +103,5 @@ class Encode(Settings):
     known_items: Count = Field(default=16_384, description="items remembered with where they are kept")
     probe_s: Seconds = Field(default=0.25, description="how long a producer may take to say which items it keeps")
     probe_hold_s: Seconds = Field(default=30.0, description="how long it is asked to keep those that it has")
+    slices: Slices = Slices()
     fetch: Fetch = Fetch()

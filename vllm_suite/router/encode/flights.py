@@ -108,6 +108,10 @@ class Flights:
         self._send([(self._flights[item.identity], self._flights[item.identity].order[0]) for item in new])
         return flights
 
+    def under_way(self, identity: str) -> bool:
+        """Whether an item, or a slice, is being encoded for somebody."""
+        return identity in self._flights
+
     def leave(self, flight: Flight) -> None:
         """Give up one's interest. A call in whose items nobody is interested any more is cut off."""
         flight.waiters -= 1
@@ -215,8 +219,7 @@ class Flights:
         again: list[tuple[Flight, Member]] = []
         for flight, result in zip(flights, results, strict=True):
             if isinstance(result, Encoded):
-                self._costs.learn(request.scope.model, flight.item, result.ref.tokens)
-                self._known.put(flight.item.identity, result)
+                self._remember(flight, result)
                 self._land(flight, result)
                 continue
             metrics.count("upstream_errors", "encode", result.kind)
@@ -227,6 +230,19 @@ class Flights:
             metrics.count("recoveries", "encode_retry", result.kind)
             again.append((flight, other))
         self._send(again)
+
+    def _remember(self, flight: Flight, result: Encoded) -> None:
+        item, model = flight.item, flight.request.scope.model
+        if item.whole is None:
+            self._costs.learn(model, item, result.ref.tokens)
+            self._known.put(item.identity, result)
+        elif result.of:
+            if item.piece is not None and item.piece.index == 0:
+                self._costs.learn(model, item.whole, result.of)
+            self._known.put(item.identity, result)
+        else:  # it was not cut
+            self._costs.learn(model, item.whole, result.ref.tokens)
+            self._known.put(item.whole.identity, result)
 
     def _land(self, flight: Flight, outcome: Outcome) -> None:
         if self._flights.get(flight.item.identity) is flight:
@@ -241,9 +257,9 @@ def _cut(flights: list[Flight], most_items: int, most_tokens: int) -> list[list[
     shards: list[list[Flight]] = []
     tokens = 0
     for flight in flights:
-        if not shards or len(shards[-1]) >= most_items or tokens + flight.item.tokens > most_tokens:
+        if not shards or len(shards[-1]) >= most_items or tokens + flight.item.prompt_tokens > most_tokens:
             shards.append([])
             tokens = 0
         shards[-1].append(flight)
-        tokens += flight.item.tokens
+        tokens += flight.item.prompt_tokens
     return shards

@@ -12,12 +12,14 @@ from vllm_suite.router.members import Pool
 class Encoded(NamedTuple):
     """One encoded item.
 
-    `identifier` is vLLM's, mostly equal to our identity. `metadata` stands for the media where it is not empty.
+    `identifier` is vLLM's, mostly equal to our identity. `metadata` stands for the media where it is not empty. `of`
+    is not 0 where this is a slice: the rows of the whole item.
     """
 
     identifier: str
     ref: Handoff
     metadata: dict[str, Any]
+    of: int = 0
 
     @property
     def producer(self) -> tuple[str, str]:
@@ -32,6 +34,7 @@ class Known:
         self._limit = limit
         self._pool = pool
         self._items: OrderedDict[str, Encoded] = OrderedDict()
+        self._sliced: OrderedDict[str, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -59,3 +62,15 @@ class Known:
     def drop(self, identity: str) -> None:
         """Forget an item that is not kept any more."""
         self._items.pop(identity, None)
+        self._sliced.pop(identity, None)
+
+    def put_sliced(self, identity: str, count: int) -> None:
+        """An item is encoded in so many slices, each an item of its own."""
+        self._sliced[identity] = count
+        self._sliced.move_to_end(identity)
+        while len(self._sliced) > self._limit:
+            self._sliced.popitem(last=False)
+
+    def slices(self, identity: str) -> int:
+        """In how many slices the item was last encoded; 0 for an item that was not cut."""
+        return self._sliced.get(identity, 0)

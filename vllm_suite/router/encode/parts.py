@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_suite.encoded import Slice
 from vllm_suite.router.encode.config import Modality
 from vllm_suite.router.encode.refusal import BadMedia, MediaRefused
 
@@ -44,6 +45,7 @@ class Item:
         identity: "s-" and 32 hex digits: equal exactly for what encodes to the same embeddings.
         raw: the part as JSON for an instance, its data as data: URL and its identity as uuid.
         tokens: estimated or remembered embedding rows.
+        whole, piece: of a slice, the item that it is of and its place in it. It has no `raw` of its own.
     """
 
     index: int
@@ -59,6 +61,23 @@ class Item:
     identity: str = ""
     raw: msgspec.Raw = field(default_factory=lambda: msgspec.Raw(b"null"))
     tokens: int = 1
+    whole: Item | None = None
+    piece: Slice | None = None
+
+    @property
+    def wire(self) -> msgspec.Raw:
+        """The part for an encoder. One with a slice's name is made when it is sent: the data may be long."""
+        if self.whole is None:
+            return self.raw
+        data = bytes(self.whole.raw)
+        name = self.whole.identity.encode()
+        at = data.rindex(name)
+        return msgspec.Raw(b"".join((data[:at], self.identity.encode(), data[at + len(name) :])))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Rows of its placeholder in an encoder's prompt: those of the whole item, also for a slice."""
+        return self.tokens if self.whole is None else self.whole.tokens
 
     @property
     def name(self) -> str:

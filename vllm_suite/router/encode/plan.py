@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from vllm_suite.encoded import ITEM_KEY, PENDING_KEY, Pending, Where
+from vllm_suite.encoded import ITEM_KEY, PENDING_KEY, SLICES_KEY, Pending, Where
 from vllm_suite.router.encode.call import Rejected, Request
 from vllm_suite.router.encode.config import Encode, Modality
 from vllm_suite.router.encode.flights import Flight
 from vllm_suite.router.encode.known import Encoded
 from vllm_suite.router.encode.parts import Item
 from vllm_suite.router.encode.refusal import BadMedia, MediaRefused
+from vllm_suite.router.encode.slots import Slot
 from vllm_suite.router.members import Member
 
 _SOON_S = 2.0
 
 _encode = msgspec.json.Encoder().encode
-
-
-@dataclass(slots=True)
-class Slot:
-    """A distinct item of the request: remembered as kept, or on its way, or neither (then it is local)."""
-
-    item: Item
-    kept: Encoded | None = None
-    flight: Flight | None = None
-
-    @property
-    def encoded(self) -> Encoded | None:
-        """Where it is, as far as known by now."""
-        return self.kept or (self.flight.encoded if self.flight is not None else None)
 
 
 class Plan:
@@ -67,6 +53,10 @@ class Plan:
         for item in items:
             self.slots.setdefault(item.identity, Slot(item))
 
+    def leaves(self) -> list[Slot]:
+        """Everything that is looked up or sent."""
+        return [leaf for slot in self.slots.values() for leaf in slot.leaves]
+
     # Bodies
 
     def document_for(self, member: Member) -> dict[str, Any]:
@@ -82,10 +72,10 @@ class Plan:
                 if encoded.ref.producer != member.instance_id:
                     usable[identity] = encoded
                     references[encoded.identifier] = {ITEM_KEY: encoded.ref.to_json()}
-            elif slot.flight is not None and not slot.flight.landed.done():
-                pending = self._pending(slot.flight, member)
-                if pending.candidates:
-                    references[identity] = {PENDING_KEY: msgspec.to_builtins(pending)}
+            elif slot.available or slot.under_way:
+                sources = [self._source(leaf, member) for leaf in slot.leaves]
+                if all(sources):
+                    references[identity] = {SLICES_KEY: sources} if slot.slices else sources[0]
         if not references:
             return self.document
         self._referred.add(member)
@@ -121,6 +111,14 @@ class Plan:
             message["content"][item.part] = part
         return messages
 
+    def _source(self, leaf: Slot, member: Member) -> dict[str, Any]:
+        """Where a slice or an item is or will be; empty where nobody can be named."""
+        if leaf.result is not None:
+            return {ITEM_KEY: leaf.result.ref.to_json()}
+        assert leaf.flight is not None
+        pending = self._pending(leaf.flight, member)
+        return {PENDING_KEY: msgspec.to_builtins(pending)} if pending.candidates else {}
+
     def _pending(self, flight: Flight, member: Member) -> Pending:
         settings = self._settings
         encoders = [one for one in flight.order if one is not member][: 1 + settings.retries]
@@ -136,15 +134,14 @@ class Plan:
         """Nothing is sent any more: let go of the bytes, which a long answer would otherwise keep for its time."""
         self.document = {}
         for item in self.items:
-            flight = self.slots[item.identity].flight
-            if flight is None or flight.landed.done():
+            if not self.slots[item.identity].flying:
                 item.raw = msgspec.Raw(b"null")
 
     # What the chain asks
 
     def prefer(self, members: list[Member]) -> list[Member]:
         """Those that encode nothing of this request themselves, or all where there is no such."""
-        makers = {slot.flight.order[0] for slot in self.slots.values() if slot.flight is not None}
+        makers = {leaf.flight.order[0] for leaf in self.leaves() if leaf.flight is not None}
         return [member for member in members if member not in makers] or members
 
     def give_up(self, member: Member) -> bool:
@@ -163,9 +160,8 @@ class Plan:
     def rejection(self) -> MediaRefused | None:
         """An encoder's refusal of one of the items, if there is one by now."""
         for slot in self.slots.values():
-            failure = slot.flight.failure if slot.flight is not None else None
-            if isinstance(failure, Rejected):
-                return slot.item.refused(BadMedia(400, "rejected", str(failure)))
+            if isinstance(slot.failure, Rejected):
+                return slot.item.refused(BadMedia(400, "rejected", str(slot.failure)))
         return None
 
     async def rejection_soon(self) -> MediaRefused | None:
@@ -173,7 +169,7 @@ class Plan:
 
         Both see the same broken picture, and only the encoders' words tell which one it is.
         """
-        flying = [slot.flight.landed for slot in self.slots.values() if slot.flight is not None]
+        flying = [leaf.flight.landed for leaf in self.leaves() if leaf.flight is not None]
         flying = [landed for landed in flying if not landed.done()]
         if flying:
             await asyncio.wait(flying, timeout=_SOON_S)

@@ -20,8 +20,10 @@ from vllm_suite.router.encode.examine import scope_of
 from vllm_suite.router.encode.flights import Flights
 from vllm_suite.router.encode.known import Encoded, Known
 from vllm_suite.router.encode.parts import find_media
-from vllm_suite.router.encode.plan import Plan, Slot
+from vllm_suite.router.encode.plan import Plan
 from vllm_suite.router.encode.refusal import MediaRefused
+from vllm_suite.router.encode.slicing import counts
+from vllm_suite.router.encode.slots import Slot, all_kept
 from vllm_suite.router.errors import StageTimeout, UpstreamFailure
 from vllm_suite.router.job import Job
 from vllm_suite.router.members import Member, Pool
@@ -114,12 +116,10 @@ class EncodeStage:
         if any(member.takes_items for member in consumers):
             with self._within(job, "encode", self._longest_s()):
                 await self._look_up(plan)
-                missing = [slot for slot in plan.slots.values() if slot.kept is None]
+                missing = [slot for slot in plan.slots.values() if not all_kept(slot)]
                 members = self._encoders(plan.request.scope.model, decode) if missing else []
                 if members:
-                    flights = self._flights.book(plan.request, [slot.item for slot in missing], members)
-                    for slot, flight in zip(missing, flights, strict=True):
-                        slot.flight = flight
+                    self._send(plan, missing, members)
                 # Prefill that runs ahead gets the media, which an instance without an encoder refuses.
                 if missing and members and all(m.has_encoder for m in consumers) and self._overlaps(plan, missing):
                     plan.overlapped = True
@@ -127,7 +127,7 @@ class EncodeStage:
                     return
                 await self._wait(missing)
         self._judge(plan)
-        mode = "local" if not any(slot.encoded for slot in plan.slots.values()) else "encoded"
+        mode = "local" if not any(slot.available for slot in plan.slots.values()) else "encoded"
         metrics.count("encode_requests", mode)
         metrics.observe(time.perf_counter() - began, "encode_request_seconds")
 
@@ -137,15 +137,21 @@ class EncodeStage:
             outcome = self._outcome(plan.slots[item.identity], plan.fall_back)
             self._metrics.count("encode_items", item.modality, outcome)
         for slot in plan.slots.values():
-            failure = slot.flight.failure if slot.flight is not None else None
+            failure = slot.failure
             if plan.overlapped and isinstance(failure, UpstreamFailure):
                 self._metrics.count("recoveries", "encode_local", failure.kind)
             if plan.gave_up:
                 self._known.drop(slot.item.identity)
-            if slot.encoded is not None and slot.encoded.identifier != slot.item.identity:
+            named_otherwise = slot.encoded is not None and slot.encoded.identifier != slot.item.identity
+            if named_otherwise or (isinstance(failure, UpstreamFailure) and failure.kind == "not_sliced"):
                 self._note_odd(plan)
-            if slot.flight is not None:
-                self._flights.leave(slot.flight)
+            for leaf in slot.slices:
+                self._metrics.count("encode_slices", leaf.item.modality, leaf.outcome or "failed")
+        for leaf in plan.leaves():
+            if plan.gave_up:
+                self._known.drop(leaf.item.identity)
+            if leaf.flight is not None:
+                self._flights.leave(leaf.flight)
         self._live.known_items = len(self._known)
 
     @contextmanager
@@ -169,19 +175,40 @@ class EncodeStage:
             found = [member for member in self._pool.eligible(_ANY_ROLE, model, {decode}) if member.makes_items]
         return found
 
+    def _send(self, plan: Plan, missing: Sequence[Slot], members: Sequence[Member]) -> None:
+        """Book what is missing, large items in slices."""
+        whole = [slot for slot in missing if not slot.slices and not self._flights.under_way(slot.item.identity)]
+        if not self._named_otherwise(plan):
+            sizes = counts([slot.item for slot in whole], members, self._settings.slices)
+            for slot, count in zip(whole, sizes, strict=True):
+                if count > 1:
+                    slot.cut(count)
+                    self._known.put_sliced(slot.item.identity, count)
+        leaves = [leaf for slot in missing for leaf in slot.leaves if leaf.kept is None]
+        flights = self._flights.book(plan.request, [leaf.item for leaf in leaves], members)
+        for leaf, flight in zip(leaves, flights, strict=True):
+            leaf.flight = flight
+
     async def _look_up(self, plan: Plan) -> None:
         """Ask the producers of remembered items, side by side, whether they still keep them."""
         asked: dict[Keeper, list[Slot]] = {}
         remembered: dict[str, Encoded] = {}
         for identity, slot in plan.slots.items():
-            encoded = self._known.get(identity)
-            if encoded is not None:
-                remembered[identity] = encoded
-                ref = encoded.ref
-                producer = Keeper(ref.producer, ref.epoch, ref.claim_host, ref.claim_port)
-                asked.setdefault(producer, []).append(slot)
+            if self._known.get(identity) is None and (count := self._known.slices(identity)):
+                slot.cut(count)
+            for leaf in slot.leaves:
+                encoded = self._known.get(leaf.item.identity)
+                if encoded is not None:
+                    remembered[leaf.item.identity] = encoded
+                    ref = encoded.ref
+                    producer = Keeper(ref.producer, ref.epoch, ref.claim_host, ref.claim_port)
+                    asked.setdefault(producer, []).append(leaf)
         if asked:
             await asyncio.gather(*(self._ask(producer, slots, remembered) for producer, slots in asked.items()))
+        for slot in plan.slots.values():
+            used = [leaf for leaf in slot.slices if leaf.kept or self._flights.under_way(leaf.item.identity)]
+            if not used:
+                slot.slices = []  # nothing of it is left: it may be cut otherwise now
 
     async def _ask(self, producer: Keeper, slots: list[Slot], remembered: dict[str, Encoded]) -> None:
         settings, metrics = self._settings, self._metrics
@@ -201,20 +228,24 @@ class EncodeStage:
             self._known.put(slot.item.identity, slot.kept)
 
     def _overlaps(self, plan: Plan, missing: Sequence[Slot]) -> bool:
-        settings, scope = self._settings, plan.request.scope
+        settings = self._settings
         if settings.overlap == "never" or (settings.overlap == "auto" and not plan.fall_back):
             return False
         # The engine waits for an item by its identifier, so that must be known before the encoder has answered.
-        if scope.factors or scope.model in self._odd_models:
+        if self._named_otherwise(plan):
             return False
         return settings.overlap == "always" or len(missing) > 1
+
+    def _named_otherwise(self, plan: Plan) -> bool:
+        """Whether engines make identifiers of their own from the names that we give."""
+        return plan.request.scope.factors or plan.request.scope.model in self._odd_models
 
     def _note_odd(self, plan: Plan) -> None:
         if not plan.request.scope.factors and len(self._odd_models) < _MAX_ODD_MODELS:
             self._odd_models.add(plan.request.scope.model)
 
     async def _wait(self, slots: Sequence[Slot]) -> None:
-        landing = [slot.flight.landed for slot in slots if slot.flight is not None]
+        landing = [leaf.flight.landed for slot in slots for leaf in slot.leaves if leaf.flight is not None]
         if landing:
             await asyncio.wait(landing)
 
@@ -224,25 +255,25 @@ class EncodeStage:
         if rejection is not None:
             raise rejection
         for slot in plan.slots.values():
-            if slot.encoded is not None:
+            if slot.available:
                 continue
-            failure = slot.flight.failure if slot.flight is not None else None
+            failure = slot.failure
+            sent = any(leaf.flight is not None for leaf in slot.leaves)
             if not isinstance(failure, UpstreamFailure):
                 failure = UpstreamFailure("no_encoder", "no encode instance is ready", status=503)
             if not plan.fall_back:
                 why = f"{slot.item.name}: {failure}"
                 raise MediaRefused(failure.status, "unencoded", why, slot.item.where)
-            if slot.flight is not None or any(member.role == "encode" for member in self._pool.members):
+            if sent or any(member.role == "encode" for member in self._pool.members):
                 self._metrics.count("recoveries", "encode_local", failure.kind)
 
     def _outcome(self, slot: Slot, fall_back: bool) -> str:
         """The label of what became of an item: kept, encoded, local, failed, or left under way."""
-        flight = slot.flight
-        if slot.kept is not None:
+        if all_kept(slot):
             return "kept"
-        if flight is not None and not flight.landed.done():
-            return "left"
-        if slot.encoded is not None:
+        if slot.available:
             return "encoded"
-        refused = flight is not None and isinstance(flight.failure, Rejected)
+        if slot.flying:
+            return "left"
+        refused = isinstance(slot.failure, Rejected)
         return "local" if fall_back and not refused else "failed"
