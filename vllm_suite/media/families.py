@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ class Encoder:
         image: width and height in pixels to tiles, patches and tokens; None where the model takes no images.
         output_values: values per row of the encoder's output, deep-stack features among them.
         tile_rows: rows of the encoder's output for one tile; 256 where an image is not cut into tiles.
-        frames: frames of a video that make one image for the tower; 0 where the model takes no videos.
+        frame: the same for one frame of a video; None where the model takes no videos.
+        frames: frames that the tower takes together.
         sound: seconds of sound to its cost; None where the model takes none.
     """
 
@@ -26,13 +28,21 @@ class Encoder:
     image: tokens.Rule | None
     output_values: int
     tile_rows: int = 256
-    frames: int = 0
+    frame: tokens.Rule | None = None
+    frames: int = 1
     sound: tokens.SoundRule | None = None
 
     @property
     def params(self) -> int:
         """Parameters of tower and projector."""
         return self.tower.params + self.tower.projector
+
+    def video(self, frames: int, width: int, height: int) -> tokens.ImageCost:
+        """The cost of a video of so many sampled frames. Raises UnknownModel where the model takes none."""
+        if self.frame is None:
+            raise UnknownModel("the model takes no videos")
+        one, groups = self.frame(width, height), -(-frames // self.frames)
+        return tokens.ImageCost(one.tiles * groups, one.patches, one.tokens * groups, one.extra)
 
 
 def encoder_of(config: Config, pixels: tuple[int, int] | None = None) -> Encoder:
@@ -69,7 +79,10 @@ def _qwen(config: Config, pixels: tuple[int, int] | None) -> Encoder:
     least, most = pixels or ((65_536, 16_777_216) if third else (3_136, 12_845_056))
     layers = 1 + len(vision.get("deepstack_visual_indexes", ()))
     rule = tokens.qwen(patch, merge, least, most)
-    return Encoder(towers.qwen_tower(vision, out), rule, out * layers, frames=number(vision, "temporal_patch_size"))
+    # Frames of Qwen2.5-VL have limits of their own, 128 to 768 squares of 28 x 28 pixels.
+    frame = rule if third else tokens.qwen(patch, merge, 128 * 28**2, 768 * 28**2)
+    tower, together = towers.qwen_tower(vision, out), number(vision, "temporal_patch_size")
+    return Encoder(tower, rule, out * layers, frame=frame, frames=together)
 
 
 def _intern(config: Config, _: tuple[int, int] | None) -> Encoder:
@@ -81,7 +94,9 @@ def _intern(config: Config, _: tuple[int, int] | None) -> Encoder:
     grid = (size // patch) ** 2
     most = number({"max_dynamic_patch": 12, **config}, "max_dynamic_patch")
     rule = tokens.intern(size, 1 + grid, grid // merge**2, most)
-    return Encoder(tower, rule, hidden, tile_rows=grid // merge**2, frames=1)
+    # A frame is one tile.
+    frame = tokens.fixed(1 + grid, grid // merge**2, extra=2)
+    return Encoder(tower, rule, hidden, tile_rows=grid // merge**2, frame=frame)
 
 
 def _minicpm(config: Config, _: tuple[int, int] | None) -> Encoder:
@@ -94,7 +109,8 @@ def _minicpm(config: Config, _: tuple[int, int] | None) -> Encoder:
     resampler += 6 * hidden + hidden**2
     size, patch = number(slices, "scale_resolution"), number(vision, "patch_size")
     rule = tokens.minicpm(size, patch, rows, number(slices, "max_slice_nums"))
-    return Encoder(towers.siglip_tower(vision, resampler), rule, hidden, tile_rows=rows, frames=1)
+    frame = tokens.fixed((size // patch) ** 2, rows, extra=2)
+    return Encoder(towers.siglip_tower(vision, resampler), rule, hidden, tile_rows=rows, frame=frame)
 
 
 def _llava(config: Config, _: tuple[int, int] | None) -> Encoder:
@@ -104,12 +120,14 @@ def _llava(config: Config, _: tuple[int, int] | None) -> Encoder:
     size, patch = side(vision.get("image_size")), side(vision.get("patch_size"))
     make = towers.siglip_tower if model_type(vision).startswith("siglip") else towers.clip_tower
     grid = (size // patch) ** 2
-    rule = tokens.fixed(grid + (make is towers.clip_tower), grid)
+    rule, frame = tokens.fixed(grid + (make is towers.clip_tower), grid), None
     if model_type(config) == "llava_onevision":
         projector += hidden  # the token that ends a row
         most = int(str(config.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_"))
         rule = tokens.anyres(config.get("image_grid_pinpoints", ()), size, patch, most)
-    return Encoder(make(vision, projector), rule, hidden, tile_rows=grid)
+        # Features of a frame are pooled to half the side.
+        frame = tokens.fixed(grid, math.ceil(size // patch / 2) ** 2)
+    return Encoder(make(vision, projector), rule, hidden, tile_rows=grid, frame=frame)
 
 
 def _gemma3(config: Config, _: tuple[int, int] | None) -> Encoder:

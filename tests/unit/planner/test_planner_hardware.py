@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from vllm_suite.planner.hardware import HardwareError, cluster, device, devices
-from vllm_suite.planner.hardware.collectives import Collectives, CollectiveTable, transfer_seconds
+from vllm_suite.planner.hardware.collectives import BUSY, Collectives, CollectiveTable
+from vllm_suite.planner.models import Parallel, Quantization, load
+from vllm_suite.planner.sources.transfers import Transfers
 
 MINE = """
 name: My-GPU
@@ -131,11 +133,32 @@ def test_measured_collectives_come_first(tmp_path: Path) -> None:
 
 
 def test_handing_over_takes_the_link_between() -> None:
-    found = cluster("16xH200")
-    near = transfer_seconds(found, 1e9, range(0, 4), range(4, 8), setup=0)
-    far = transfer_seconds(found, 1e9, range(0, 4), range(8, 12), setup=0)
+    found = Transfers(cluster("16xH200"), setup=0)
+    near, far = (found.seconds(1e9, range(0, 4), range(first, first + 4)) for first in (4, 8))
     assert far / near == pytest.approx(450 / 50, rel=0.05)
-    one = transfer_seconds(found, 1e9, range(0, 4), range(8, 9), setup=0)
-    assert one / far == pytest.approx(4, rel=0.01)
-    # DistServe: OPT-66B, 512 tokens are 1.13 GB.
-    assert transfer_seconds(found, 0, range(1), range(1, 2), setup=2e-3) == pytest.approx(2e-3, rel=0.01)
+    assert found.seconds(1e9, range(0, 4), range(8, 9)) / far == pytest.approx(4, rel=0.01)
+    assert Transfers(cluster("2xH200"), setup=2e-3).seconds(0, range(1), range(1, 2)) == pytest.approx(2e-3, rel=0.01)
+
+
+def test_handing_over_a_cache() -> None:
+    found, fp16 = Transfers(cluster("16xH200"), setup=0), Quantization.named("float16")
+
+    def kv(name: str, source: Parallel, target: Parallel) -> float:
+        """Seconds of 512 tokens between two nodes, without the latency."""
+        link = found.cluster.network
+        seconds = found.kv(load(name).model, fp16, 512, source=source, target=target, source_rank=0, target_rank=8)
+        return seconds - link.latency_us * 1e-6
+
+    rate = 50e9 * BUSY
+    # DistServe: 512 tokens of OPT-66B are 1.13 GiB.
+    assert kv("facebook/opt-66b", Parallel(), Parallel()) == pytest.approx(1.125 * 2**30 / rate, rel=1e-3)
+    one = kv("facebook/opt-66b", Parallel(tp=4), Parallel(tp=4))
+    assert one == pytest.approx(1.125 * 2**30 / 4 / rate, rel=1e-3)
+    # The narrower side decides.
+    assert kv("facebook/opt-66b", Parallel(tp=4), Parallel(tp=2)) == pytest.approx(2 * one)
+    assert kv("facebook/opt-66b", Parallel(tp=2), Parallel(tp=4)) == pytest.approx(2 * one)
+    assert kv("facebook/opt-66b", Parallel(tp=2, pp=2), Parallel(tp=4)) == pytest.approx(one)
+    # Every rank holds MLA's rows: eight readers of one rank.
+    alone = kv("deepseek-ai/DeepSeek-V3", Parallel(), Parallel())
+    assert kv("deepseek-ai/DeepSeek-V3", Parallel(), Parallel(tp=8)) == pytest.approx(8 * alone)
+    assert kv("deepseek-ai/DeepSeek-V3", Parallel(tp=8), Parallel(tp=8)) == pytest.approx(alone)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_suite.media.config import UnknownModel
 from vllm_suite.planner.models import ModelError, Parallel, Quantization, described, load, names
 from vllm_suite.planner.models.catalog import known_config
 from vllm_suite.planner.models.memory import kv_bytes, kv_bytes_per_token
@@ -81,6 +82,19 @@ def test_sound_is_encoded_in_pieces_of_thirty_seconds() -> None:
     short, long = model.encoder.sound(10.0), model.encoder.sound(45.0)
     assert (short.tiles, short.tokens, long.tiles, long.tokens) == (1, 250, 2, 1125)
     assert model.encoder.tower.flops(long) > 1.99 * model.encoder.tower.flops(short)
+
+
+def test_videos_are_frames() -> None:
+    qwen, intern = (load(name).model.encoder for name in ("Qwen/Qwen2.5-VL-7B-Instruct", "OpenGVLab/InternVL2-26B"))
+    assert qwen is not None
+    assert intern is not None
+    # Two frames of 644 x 476 share 23 x 17 tokens; InternVL takes 256 for each frame, whatever its size.
+    assert (qwen.video(8, 640, 480).tokens, qwen.video(7, 640, 480).tokens) == (4 * 23 * 17, 4 * 23 * 17)
+    assert (intern.video(8, 640, 480).tokens, intern.video(8, 640, 480).tiles) == (8 * 256, 8)
+    sound = described(AUDIO, "Qwen2-Audio-7B").model.encoder
+    assert sound is not None
+    with pytest.raises(UnknownModel, match="no videos"):
+        sound.video(8, 640, 480)
 
 
 def test_every_model_of_the_table_is_read() -> None:

@@ -204,10 +204,10 @@ def rows_of(name: str, tp: int) -> list[tuple[int, int, int, int, float]]:
 @needs_data
 @pytest.mark.parametrize("name", MODELS)
 def test_measured_points_come_back(name: str) -> None:
-    """Every measured attention time, and whole steps at measured sizes."""
+    """A third of the measured attention times, and a whole step at measured sizes."""
     source = source_of(name, 1)
     table = source.attention
-    for chunk, before, count, context, micros in rows_of(name, 1):
+    for chunk, before, count, context, micros in rows_of(name, 1)[::3]:
         if chunk and count:
             got = table.both.at(chunk, before, count, context)
         else:

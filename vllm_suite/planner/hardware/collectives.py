@@ -117,14 +117,3 @@ class Collectives:
         for rank in ranks:
             found[rank // size] = found.get(rank // size, 0) + 1
         return max(found.values())
-
-
-def transfer_seconds(cluster: Cluster, size: float, source: range, target: range, *, setup: float = 1e-3) -> float:
-    """Time to hand `size` bytes from one instance to another: KV blocks, or the output of an encoder.
-
-    The smaller of the two groups decides how many links work at once. `setup` is what a pull costs before its first
-    byte: notification, descriptors, one round trip.
-    """
-    lanes = min(len(source), len(target))
-    link = cluster.link((source[0], target[0]))
-    return setup + link.latency_us * 1e-6 + size / lanes / (link.gb_s * 1e9 * BUSY)
