@@ -55,6 +55,7 @@ class Engine:
         ahead: bool = False,
         policy: str = "fcfs",
         caching: bool = False,
+        plugins: tuple[str, ...] = ("dler",),
     ) -> None:
         import torch
         from vllm.utils.hashing import sha256
@@ -73,7 +74,7 @@ class Engine:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
         self.scheduler: Any = make_scheduler(
             vllm_config=config,
-            plugins=() if suite is None else ("dler",),
+            plugins=() if suite is None else plugins,
             **({} if suite is None else {"clock": lambda: self.now}),
             kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             structured_output_manager=StructuredOutputManager(config),

@@ -86,7 +86,8 @@ PLAIN = MANY | {"headroom_tokens": 0}
 @RUNS
 @given(WORK, st.booleans(), st.sampled_from([MANY, GATED, PLAIN]), st.sampled_from(["fcfs", "priority"]), st.booleans())
 def test_every_request_is_served_once(work: Any, ahead: bool, suite: Any, policy: str, caching: bool) -> None:
-    engine = Engine(suite, ahead=ahead, policy=policy, caching=caching)
+    plugins = ("dler", "epd") if caching else ("dler",)
+    engine = Engine(suite, ahead=ahead, policy=policy, caching=caching, plugins=plugins)
     for name, tokens in (("short", 5), ("long", 80)):
         for _ in range(50):
             engine.scheduler.length_policy.lengths.observe([f"class:{name}"], tokens)
