@@ -1,4 +1,4 @@
-"""`vllm-suite demo`: prefill and decode on two engines, proven equal to one."""
+"""`vllm-suite demo`: text and pictures through prefill and decode on two engines, proven equal to one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "replay a trace on 1 prefill + 1 decode + router and compare it with one engine, token by token"
+HELP = "replay a trace and pictures on 1 prefill + 1 decode + router and compare with one engine, token by token"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
