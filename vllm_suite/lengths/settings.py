@@ -13,7 +13,7 @@ class LengthSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_observations: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="exact observations below which a key counts as unknown and the next one answers"
+        default=1, description="observations below which a key counts as unknown and the next one answers"
     )
     max_keys: Annotated[int, Field(ge=1)] = Field(
         default=1024, description="keys remembered; the one unused for longest is forgotten"

@@ -49,11 +49,12 @@ class Sketch:
         self.censored = array("d")
         self.censored_sums = array("d")
         self.unit = 1.0  # weight of an observation made now; divide by it
-        self.count = 0  # exact observations, without fading
+        self.count = 0  # observations, without fading
         self.last = 0.0  # seconds, of the newest observation
 
     def add(self, tokens: int, censored: bool, growth: float, now: float) -> None:
         """Count one length; `growth` is what the weight of an observation grows by since the last one."""
+        self.count += 1
         self.last = max(self.last, now)
         self.unit = unit = self.unit * growth
         bins = self.bins
@@ -69,7 +70,6 @@ class Sketch:
         else:
             self.exact[at] += unit
             self.exact_sums[at] += unit * tokens
-            self.count += 1
         if unit > _RESCALE:
             self.rescale()
 

@@ -91,6 +91,17 @@ def test_past_the_largest_observation_the_next_key_goes_on_and_then_a_heavy_tail
     assert made.remaining(["a"], 80, 100) == pytest.approx((mean + 80) * (1 - (mean + 80) / (mean + 100)))
 
 
+def test_a_class_whose_answers_all_reach_their_limit_is_long():
+    made = OnlineLengths(PLAIN)
+    for _ in range(20):
+        made.observe(["long"], 4096, censored=True)
+        made.observe(["short"], 50)
+    assert made.level(["long"]) == 0
+    assert made.remaining(["long"], 0, 4096) == pytest.approx(4096)
+    assert made.remaining(["long"], 1000, 8192) > 3096
+    assert made.quantile(["long"], 0.05, 0, 4096) == 4096
+
+
 def test_few_observations_leave_the_say_to_the_next_key():
     made = OnlineLengths(PLAIN)
     for _ in range(20):
