@@ -35,10 +35,11 @@ SHAPE: dict[str, Any] = {
     "head_dim": 24,
     "initializer_range": 0.05,
 }
+MAX_TOKENS = 32  # truncation length; an answer without a filler has 23 tokens
 Question = tuple[str, str, str]  # prompt, wordy answer, result
 
 
-def questions(number: int, *, terms: int = 4, fillers: float = 2.0, seed: int = 0) -> list[Question]:
+def questions(number: int, *, terms: int = 4, fillers: float = 1.5, seed: int = 0) -> list[Question]:
     """Different questions, each with a wordy answer: ``fillers`` sentences after each sum on average."""
     random_ = random.Random(seed)
     made: dict[str, Question] = {}
@@ -104,6 +105,40 @@ def train_wordy(path: Path, rows: Sequence[Question], *, steps: int, batch: int 
         optimizer.zero_grad()
     model.save_pretrained(path)
     return float(loss.detach())
+
+
+def prepare(folder: Path, *, steps: int, rows: int = 6000, held: int = 500) -> dict[str, Any]:
+    """The wordy model and its data in ``folder``, for `dler_settings`. Returns what it learned from."""
+    made = questions(rows)
+    loss = train_wordy(folder / "wordy", made[held:], steps=steps)
+    write_data(folder / "train.jsonl", made[held:])
+    write_data(folder / "held.jsonl", made[:held])
+    return {"steps": steps, "loss": loss, "questions": rows - held, "held_out": held}
+
+
+def dler_settings(folder: Path) -> dict[str, Any]:
+    """Settings of `vllm-suite dler train` that shorten the wordy model: the recipe, at the size of this task."""
+    return {
+        "model": str(folder / "wordy"),
+        "data": [str(folder / "train.jsonl")],
+        "eval_data": [str(folder / "held.jsonl")],
+        "chat": False,
+        "max_tokens": MAX_TOKENS,
+        "prompts_per_step": 32,
+        "prompts_per_update": 16,
+        "prompts_per_round": 32,
+        "group_size": 8,
+        "micro_batch": 64,
+        "steps": 40,
+        "lr": 3e-4,
+        "save_every": 20,
+        "eval_every": 5,
+        "eval_rows": 500,
+        "eval_max_tokens": 5 * MAX_TOKENS,
+        "eval_temperature": 1.0,
+        "eval_top_p": 1.0,
+        "eval_batch": 500,
+    }
 
 
 def _collate(chosen: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:

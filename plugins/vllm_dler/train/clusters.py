@@ -6,6 +6,7 @@ that trains something else under the same name would be worse than none.
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any, Literal
 
@@ -190,7 +191,8 @@ def _hydra(value: Any) -> str:
     # Text with marks of Hydra's own grammar is quoted for it, and all of it for the shell.
     plain = isinstance(value, (int, float)) or text.startswith(("[", "pkg://"))
     if not plain and set(text) & set("=,:(){}<>\\'\" "):
-        text = "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # Hydra reads a backslash as itself but before a quote.
+        text = "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text) + "'"
     return shlex.quote(text)
 
 

@@ -83,3 +83,12 @@ def test_what_changes_no_number_may_differ_on_resuming() -> None:
 def test_the_command_says_what_is_wrong(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dler", "train", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_settings_in_the_manual_are_valid(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "dler-training.md").read_text()
+    file = tmp_path / "run.yaml"
+    file.write_text(text.split("```yaml\n")[1].split("```")[0])
+    config = read(file, {})
+    assert config.suffix == " Put the final answer within \\boxed{}."
+    assert (config.vllm, config.max_tokens) == ("colocate", 4000)
