@@ -34,7 +34,7 @@ class Opened:
     response: aiohttp.ClientResponse
     first: bytes
     whole: bool
-    tail: bytes = b""  # the last two pieces of a stream, once it has been relayed
+    tail: bytes = b""  # the last three pieces of a stream: its last token, usage and [DONE]
     ended: bool = False  # the instance gave all of it
 
 
@@ -126,7 +126,7 @@ async def relay(
     content = source.content
     idle_s, client_s = config.timeouts.idle_s, config.timeouts.client_s
     piece = last = answer.first
-    before = b""
+    earlier = before = b""
     try:
         guard.enter("client", client_s)
         await out.prepare(request)
@@ -142,7 +142,7 @@ async def relay(
                 guard.enter("client", client_s)
                 await out.write(piece)
                 guard.enter("idle", idle_s)
-            before, last = last, piece
+            earlier, before, last = before, last, piece
             piece = await content.readany()
         answer.ended = True
         guard.enter("client", client_s)
@@ -155,7 +155,7 @@ async def relay(
             raise
         await _break_off(request, out, last, failure, guard, client_s, metrics)
     finally:
-        answer.tail = before + last
+        answer.tail = earlier + before + last
     return out
 
 

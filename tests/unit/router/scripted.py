@@ -69,6 +69,7 @@ class Instance:
     prompt_tokens: int = 100
     completion_tokens: int = 1
     finish_reason: str = "length"
+    usage_event: bool = False  # streams end with their usage, each of the last events in a piece of its own
     hold: asyncio.Event | None = None  # no request is answered before it is set
     ec: dict[str, Any] | None = None  # what the EPD plugin adds to the state
 
@@ -207,6 +208,11 @@ class Instance:
                 await asyncio.sleep(0.05 if word == "die" else 30)
                 transport.abort()
                 return response
+        if self.usage_event:
+            await asyncio.sleep(0.02)
+            usage = {"choices": [], "usage": {"completion_tokens": self.completion_tokens}}
+            await response.write(b"data: " + json.dumps(usage).encode() + b"\n\n")
+            await asyncio.sleep(0.02)
         await response.write(b"data: [DONE]\n\n")
         return response
 

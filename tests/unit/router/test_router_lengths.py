@@ -84,6 +84,14 @@ async def test_the_lengths_of_streams_are_learned(instance, serve):
     assert await charged(served, one, body("chat")) == pytest.approx(7 + 200, rel=0.05)
 
 
+async def test_the_usage_of_a_stream_is_believed(instance, serve):
+    one = await instance(finish_reason="stop", events=50, completion_tokens=400, usage_event=True)
+    served = await serve([one], **LEARN)
+    await served.post(body("chat", stream=True, stream_options={"include_usage": True}))
+    assert served.value("lengths_total", kind="exact") == 1
+    assert await charged(served, one, body("chat")) == 7 + 400
+
+
 async def test_answers_that_were_cut_off_are_censored(instance, serve):
     one = await instance(finish_reason="length", events=300)
     served = await serve([one], **LEARN)
@@ -162,7 +170,7 @@ def chunk(text: str, reason: str | None = None, **over) -> bytes:
 def opened(pieces: list[bytes], ended: bool = True) -> Opened:
     content = SimpleNamespace(total_bytes=sum(map(len, pieces)))
     answer = Opened(SimpleNamespace(status=200, content=content), pieces[0], False)
-    answer.tail = (pieces[-2] if len(pieces) > 1 else b"") + pieces[-1]
+    answer.tail = b"".join(pieces[-3:])
     answer.ended = ended
     return answer
 
@@ -203,7 +211,7 @@ def test_usage_at_the_end_of_a_stream_is_exact():
     events = stream(100, random.Random(1))
     usage = {"prompt_tokens": 7, "total_tokens": 107, "completion_tokens": 100}
     events.insert(-1, b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
-    assert measure(opened([*events[:-3], b"".join(events[-3:])])) == (100, "stop")
+    assert measure(opened(events)) == (100, "stop")
 
 
 def test_a_stream_that_was_cut_off_has_no_reason():
