@@ -40,7 +40,7 @@ skew_fit:
     n_labels: [few, many]
     skew_rate_bins: [-0.01, 0.5, 1.01]
     skew_rate_labels: [low, high]
-    kv_big_bins: [0, 32, 1000000]
+    kv_big_bins: [0, 40, 1000000]
     kv_big_labels: [short, long]
     kp_bins: [-1, 0, 1000000]
     kp_labels: [none, some]
@@ -104,6 +104,17 @@ def test_a_step_is_the_sum_of_its_layers(profile: Path) -> None:
     two = Steps.of(chunks=[(12, 0), (12, 0)])
     assert pairs(two.prefill_tokens, 0) > two.prefill_pairs
     assert source.step_seconds(two) * 1e6 == pytest.approx(fixed(24, 2) + 3 * 17.17, abs=0.1)
+
+
+def test_a_line_ends_where_the_share_changes(profile: Path) -> None:
+    source = TableSource(profile, described(TINY, "tiny").model, 1)
+    # The longest is 35, and above 40 α is another one.
+    line = source.decode_line(2, 45, 35, 10)
+    assert line.steps == 6
+    for index in range(6):
+        steps = Steps.of(contexts=[10 + index, 35 + index])
+        assert line.seconds + index * line.slope == pytest.approx(source.step_seconds(steps))
+    assert source.decode_line(2, 45).steps == pytest.approx(32 - 22.5 + 1)
 
 
 def test_host_time_is_added(profile: Path) -> None:
@@ -249,8 +260,9 @@ def test_points_left_out_are_predicted() -> None:
     left = [row for row in rows if row[0] not in powers and row[0] < 2048]
     errors = np.array([grid.at(*row[:4]) / row[4] - 1 for row in left])
     assert len(left) > 5000
-    assert np.median(np.abs(errors)) < 0.06
-    assert abs(errors.mean()) < 0.05
+    assert np.median(np.abs(errors)) < 0.02
+    assert np.percentile(np.abs(errors), 90) < 0.1
+    assert abs(errors.mean()) < 0.01
 
 
 @needs_data
@@ -289,4 +301,4 @@ def test_the_roofline_is_near_the_tables() -> None:
         source = RooflineSource(loaded.model, loaded.stored, Parallel(), device, efficiency=bare, max_tokens=2048)
         errors = np.array([source.step_seconds(each) / source_of(name, 1).step_seconds(each) - 1 for each in cases])
         assert np.abs(errors).max() < UNCALIBRATED.relative, errors
-        assert np.abs(errors).mean() < 0.12, errors
+        assert np.abs(errors).mean() < 0.1, errors
