@@ -22,12 +22,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from vllm_suite import frames
 from vllm_suite.handoff import VERSION, Handoff, digest
 
 ITEM_KEY = "suite"
@@ -40,7 +40,6 @@ MAX_SLICES = 16
 MAX_MESSAGE_BYTES = 1 << 20
 # Identifiers in one `Probe`: a reference takes some 600 bytes of the answer.
 MAX_KEYS = 1024
-_LENGTH = struct.Struct("!I")
 
 
 class Where(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -271,23 +270,8 @@ class Kept(msgspec.Struct, frozen=True, tag="kept", forbid_unknown_fields=True):
 Request = Hello | Claim | Release | Probe
 Answer = Challenge | Welcome | Granted | Refused | Kept
 
-_encoder = msgspec.msgpack.Encoder()
 request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-
-
-class BadMessage(ValueError):
-    """The peer sent something that is no message of this channel."""
-
-
-def frame(message: Request | Answer) -> bytes:
-    """``message`` as bytes for the wire."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-class Idle(TimeoutError):
-    """Nothing came, not even the beginning of a message; the connection may be read again."""
 
 
 async def read_frame(
@@ -298,30 +282,7 @@ async def read_frame(
     idle_timeout_s: float | None = None,
     frame_timeout_s: float | None = None,
 ) -> Any:
-    """Next message.
-
-    Args:
-        limit: bytes of the longest message that is read.
-        idle_timeout_s: how long its first byte may take; None waits for ever.
-        frame_timeout_s: how long the rest may take from then on; None waits for ever.
-
-    Raises:
-        BadMessage: too long, or not what ``decoder`` expects.
-        Idle: no first byte in time.
-        TimeoutError: the rest of a message did not come in time.
-        asyncio.IncompleteReadError: the peer closed the connection.
-    """
-    try:
-        async with asyncio.timeout(idle_timeout_s):
-            head = await reader.readexactly(1)
-    except TimeoutError as error:
-        raise Idle from error
-    async with asyncio.timeout(frame_timeout_s):
-        (length,) = _LENGTH.unpack(head + await reader.readexactly(_LENGTH.size - 1))
-        if length > limit:
-            raise BadMessage(f"message of {length} bytes; the limit is {limit}")
-        body = await reader.readexactly(length)
-    try:
-        return decoder.decode(body)
-    except msgspec.MsgspecError as error:
-        raise BadMessage(str(error)) from error
+    """Next message of this channel; see :func:`vllm_suite.frames.read_frame`."""
+    return await frames.read_frame(
+        reader, decoder, limit=limit, idle_timeout_s=idle_timeout_s, frame_timeout_s=frame_timeout_s
+    )

@@ -8,18 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vllm_epd.pool import Pool
-from vllm_suite.encoded import (
-    MAX_KEYS,
-    BadMessage,
-    Claim,
-    Granted,
-    Kept,
-    Probe,
-    Producer,
-    Refused,
-    item_content,
-    item_location,
-)
+from vllm_suite.encoded import MAX_KEYS, Claim, Granted, Kept, Probe, Producer, Refused, item_content, item_location
+from vllm_suite.frames import BadMessage
 from vllm_suite.handoff import VERSION, Handoff, Refusal
 
 # The longest that one message can pin or keep an item.

@@ -12,21 +12,19 @@ from vllm_epd.answers import Answers
 from vllm_suite.encoded import (
     MAX_MESSAGE_BYTES,
     Answer,
-    BadMessage,
     Challenge,
     Claim,
     Granted,
     Hello,
-    Idle,
     Kept,
     Probe,
     Refused,
     Release,
     Welcome,
-    frame,
     read_frame,
     request_decoder,
 )
+from vllm_suite.frames import BadMessage, Idle, frame
 from vllm_suite.handoff import Refusal
 
 logger = logging.getLogger("vllm.suite.epd")

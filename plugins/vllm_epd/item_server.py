@@ -15,7 +15,8 @@ from vllm_epd.agent import Agent
 from vllm_epd.answers import Answers, ServerCounts, within
 from vllm_epd.item_connection import Connection, Limits
 from vllm_epd.pool import Pool
-from vllm_suite.encoded import BadMessage, Claim, Granted, Hello, Producer, Refused, Welcome, hello_mac
+from vllm_suite.encoded import Claim, Granted, Hello, Producer, Refused, Welcome, hello_mac
+from vllm_suite.frames import BadMessage
 from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread, bind
 

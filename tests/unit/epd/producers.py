@@ -33,10 +33,10 @@ from vllm_suite.encoded import (
     Release,
     Welcome,
     answer_decoder,
-    frame,
     hello_mac,
     read_frame,
 )
+from vllm_suite.frames import frame
 from vllm_suite.handoff import Handoff
 from vllm_suite.loop_thread import LoopThread
 

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from vllm_epd.config import MAX_BLOCKS, ConfigError, EpdConfig
-from vllm_suite.encoded import MAX_MESSAGE_BYTES, Granted, frame
+from vllm_suite.encoded import MAX_MESSAGE_BYTES, Granted
+from vllm_suite.frames import frame
 
 
 def read(env: dict[str, str] | None = None, **suite: object) -> EpdConfig:

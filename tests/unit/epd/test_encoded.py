@@ -12,12 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_suite.encoded import (
-    BadMessage,
     Challenge,
     Claim,
     Granted,
     Hello,
-    Idle,
     Kept,
     Pending,
     Probe,
@@ -27,13 +25,13 @@ from vllm_suite.encoded import (
     Welcome,
     Where,
     answer_decoder,
-    frame,
     hello_mac,
     item_content,
     item_location,
     read_frame,
     request_decoder,
 )
+from vllm_suite.frames import BadMessage, Idle, frame
 from vllm_suite.handoff import parse
 
 KEY = b"key"

@@ -20,11 +20,11 @@ from vllm_suite.encoded import (
     Probe,
     Refused,
     Release,
-    frame,
     hello_mac,
     item_content,
     item_location,
 )
+from vllm_suite.frames import frame
 from vllm_suite.handoff import Handoff
 
 DAY_S = 86400.0

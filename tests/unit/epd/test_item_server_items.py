@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from tests.unit.epd.producers import BLOCK, SOON_S, Consumer, LocalProducer, picture, until
-from vllm_suite.encoded import (
-    MAX_KEYS,
-    Granted,
-    Probe,
-    frame,
-)
+from vllm_suite.encoded import MAX_KEYS, Granted, Probe
+from vllm_suite.frames import frame
 from vllm_suite.handoff import Refusal
 
 DAY_S = 86400.0

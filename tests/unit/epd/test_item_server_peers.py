@@ -11,15 +11,8 @@ import pytest
 
 from tests.unit.epd.producers import FACTS, KEY, SOON_S, Consumer, LocalProducer, picture, until
 from vllm_epd.item_server import ItemServer
-from vllm_suite.encoded import (
-    MAX_MESSAGE_BYTES,
-    Challenge,
-    Granted,
-    Hello,
-    Probe,
-    Welcome,
-    frame,
-)
+from vllm_suite.encoded import MAX_MESSAGE_BYTES, Challenge, Granted, Hello, Probe, Welcome
+from vllm_suite.frames import frame
 
 DAY_S = 86400.0
 

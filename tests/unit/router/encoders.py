@@ -17,7 +17,6 @@ from aiohttp import web
 from scripted import Instance
 
 from vllm_suite.encoded import (
-    BadMessage,
     Challenge,
     Hello,
     Kept,
@@ -26,12 +25,12 @@ from vllm_suite.encoded import (
     Refused,
     Slice,
     Welcome,
-    frame,
     hello_mac,
     read_frame,
     request_decoder,
     slice_identifier,
 )
+from vllm_suite.frames import BadMessage, frame
 from vllm_suite.handoff import digest, fleet_key
 
 CONSUMER = {"host": "", "port": 0, "role": "ec_consumer"}

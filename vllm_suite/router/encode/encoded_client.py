@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from vllm_suite.encoded import (
     MAX_KEYS,
-    BadMessage,
     Challenge,
     Hello,
     Kept,
@@ -19,11 +18,11 @@ from vllm_suite.encoded import (
     Refused,
     Welcome,
     answer_decoder,
-    frame,
     hello_mac,
     item_content,
     read_frame,
 )
+from vllm_suite.frames import BadMessage, frame
 from vllm_suite.handoff import Handoff
 
 _REST_S = 1.0  # a producer that failed is not asked again for so long
