@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from child import free_port
+from pd import free_port
 from reference_swiftkv import Reference, load
 from served import Server, start, until
 
@@ -48,7 +48,7 @@ def fleet(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         return start([*common, *words], port, work / f"{name}.log", env)
 
     only = '{"suite": {"swiftkv": {"prefill_only": true}}}'
-    # One with its engine in a process of its own, as on a GPU, one with it in the server's, as `up` has it on a CPU.
+    # One with its worker in a process of its own, one with it in the engine's, as `up` has it on a CPU.
     here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with one("d", "decode") as d, one("p", "prefill", "--additional-config", only, **here) as p:
         d.wait_ready()
