@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pd import free_port
+from child import free_port
 from reference_swiftkv import Reference, load
 from served import Server, start, until
 
