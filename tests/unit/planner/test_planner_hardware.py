@@ -51,6 +51,7 @@ def test_a_user_adds_and_replaces(tmp_path: Path) -> None:
     found = cluster("4x my-gpu", path)
     assert (found.gpus, found.nodes, found.device.memory_bytes) == (4, 1, 32 * 2**30)
     assert found.device.price_per_hour is None
+    assert set(devices()) < set(devices(path))
     path.write_text("- " + MINE.strip().replace("\n", "\n  ").replace("My-GPU", "H200"))
     assert device("H200", path).memory_gib == 32
 

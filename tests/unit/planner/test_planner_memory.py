@@ -61,7 +61,9 @@ def total(name: str, parallel: Parallel, quant: Quantization = BF16) -> float:
     return parallel.tp * parallel.dp * sum(weight_bytes(model, quant, parallel, s) for s in range(parallel.pp))
 
 
-@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-70B", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen2.5-VL-7B-Instruct"])
+@pytest.mark.parametrize(
+    "name", ["meta-llama/Llama-3.1-70B", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-0.6B"]
+)
 def test_one_rank_holds_the_checkpoint(name: str) -> None:
     # Padding of the vocabulary aside, which these models do not need.
     assert total(name, Parallel()) == 2 * load(name).model.params
@@ -80,6 +82,15 @@ def test_ranks_hold_shares_and_replicas() -> None:
     assert (qkv.inputs, qkv.outputs) == (8192, 4 * 128 + 2 * 128)
     down = on_rank(model.layers[0].linears[-1], Parallel(tp=8))
     assert (down.inputs, down.outputs) == (28672 // 8, 8192)
+
+
+def test_a_tied_head_and_an_encoder() -> None:
+    small = load("Qwen/Qwen3-0.6B").model
+    # Two stages each hold the matrix that is embedding and output head.
+    assert total(small.name, Parallel(pp=2)) == 2 * (small.params + small.embedding)
+    seeing = load("Qwen/Qwen2.5-VL-7B-Instruct").model
+    cut, dealt = (total(seeing.name, Parallel(tp=2, encoder_data=data)) for data in (False, True))
+    assert dealt - cut == 2 * seeing.encoder_params
 
 
 def test_experts_are_sliced_or_spread() -> None:

@@ -139,6 +139,16 @@ def test_a_sliding_window_closes() -> None:
     assert gemma.layers[5].attention.window is None
 
 
+def test_which_layers_have_a_window() -> None:
+    def windows(**change: Any) -> list[int | None]:
+        layers = described(known_config("Qwen/Qwen2.5-7B-Instruct") | change, "x").model.layers
+        return [layer.attention.window for layer in layers if layer.attention]
+
+    assert windows(sliding_window=4096, use_sliding_window=False) == [None] * 28
+    assert windows(sliding_window=4096, max_window_layers=20) == [None] * 20 + [4096] * 8
+    assert windows(sliding_window=4096, sliding_window_pattern=2) == [4096, None] * 14
+
+
 def test_swiftkv_sizes_are_those_of_the_plugin() -> None:
     sizes_of = pytest.importorskip("vllm_swiftkv.sizes").sizes
     for name, cut, group in (("meta-llama/Llama-3.1-8B", 16, 4), ("Qwen/Qwen3-8B", 20, 1), ("Qwen/Qwen3-8B", 20, 4),
@@ -214,6 +224,7 @@ def test_quantisation_of_checkpoints() -> None:
     assert (block.compute(experts), block.compute(router)) == ("fp8", "bf16")
     four = read(quant_method="awq", bits=4)
     assert (four.of(experts).bits, four.compute(experts)) == (4.15625, "bf16")
+    assert Quantization.named("float16", "int4").compute(experts) == "fp16"
     mx = read(quant_method="mxfp4")
     assert (mx.of(experts).bits, mx.of(linear[0]).bits, mx.compute(experts)) == (4.25, 16, "bf16")
     w8a8 = read(quant_method="compressed-tensors", config_groups={"a": {

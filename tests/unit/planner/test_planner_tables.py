@@ -30,6 +30,7 @@ needs_data = pytest.mark.skipif(not PERF.is_dir(), reason=f"no {PERF}; set VLLM_
 
 TINY = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3,
         "num_attention_heads": 2, "vocab_size": 100, "max_position_embeddings": 64}  # fmt: skip
+SPARSE = TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 META = """
 model: tiny
 hardware: none
@@ -80,7 +81,7 @@ def fixed(tokens: int, sequences: int, layers: int = 3) -> float:
 
 
 def test_a_step_is_the_sum_of_its_layers(profile: Path) -> None:
-    source = TableSource(profile, described(TINY, "tiny").model, 1)
+    source = TableSource(profile, described(TINY, "tiny").model, Parallel())
     cases = {
         # 24 keys lie between 16 and 32.
         Steps.of(contexts=[24]): fixed(1, 1) + 3 * 24,
@@ -107,7 +108,7 @@ def test_a_step_is_the_sum_of_its_layers(profile: Path) -> None:
 
 
 def test_a_line_ends_where_the_share_changes(profile: Path) -> None:
-    source = TableSource(profile, described(TINY, "tiny").model, 1)
+    source = TableSource(profile, described(TINY, "tiny").model, Parallel())
     # The longest is 35, and above 40 α is another one.
     line = source.decode_line(2, 45, 35, 10)
     assert line.steps == 6
@@ -119,21 +120,25 @@ def test_a_line_ends_where_the_share_changes(profile: Path) -> None:
 
 def test_host_time_is_added(profile: Path) -> None:
     plain, with_host = (
-        TableSource(profile, described(TINY, "tiny").model, 1, step_us=a, sequence_us=b) for a, b in ((0, 0), (30, 5))
+        TableSource(profile, described(TINY, "tiny").model, Parallel(), step_us=a, sequence_us=b)
+        for a, b in ((0, 0), (30, 5))
     )
     steps = Steps.of(contexts=[20, 20])
     assert with_host.step_seconds(steps) - plain.step_seconds(steps) == pytest.approx(40e-6)
 
 
 def test_beyond_the_tables(profile: Path) -> None:
-    source = TableSource(profile, described(TINY, "tiny").model, 1)
+    source = TableSource(profile, described(TINY, "tiny").model, Parallel())
     assert source.step_seconds(Steps.of(contexts=[99])) * 1e6 == pytest.approx(fixed(1, 1) + 3 * 64)
     # Three sequences beside a prompt: the third costs what it costs in decode alone.
     mixed = Steps.of(chunks=[(16, 0)], contexts=[16] * 3)
     assert source.step_seconds(mixed) * 1e6 == pytest.approx(fixed(19, 4) + 3 * (16 + 48))
-    assert source.outside.counts == {"kv_decode": 1, "n_decode beside a prompt": 1}
+    # The same with contexts that differ: mean 20, longest 30, between 16 and 32 tokens of prompt α 0.75.
+    uneven = Steps.of(chunks=[(20, 0)], contexts=[10, 20, 30])
+    assert source.step_seconds(uneven) * 1e6 == pytest.approx(fixed(23, 4) + 3 * (20 + 60 + 0.75 * 2 * 10))
+    assert source.outside.counts == {"kv_decode": 1, "n_decode beside a prompt": 2}
     assert source.outside.furthest["kv_decode"] == 99
-    refusing = TableSource(profile, described(TINY, "tiny").model, 1, outside=Outside("refuse"))
+    refusing = TableSource(profile, described(TINY, "tiny").model, Parallel(), outside=Outside("refuse"))
     for steps, axis in (
         (Steps.of(contexts=[99]), "kv_decode 99 is outside"),
         (mixed, "n_decode beside a prompt 3"),
@@ -165,22 +170,70 @@ def test_files_that_do_not_fit(profile: Path, file: str, old: str, new: str, say
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     if says is None:
-        assert TableSource(profile, described(TINY, "tiny").model, 1).step_seconds(
+        assert TableSource(profile, described(TINY, "tiny").model, Parallel()).step_seconds(
             Steps.of([(16, 16)], [32])
         ) * 1e6 == pytest.approx(fixed(17, 2) + 3 * 64)
         return
     with pytest.raises(SourceError, match=says):
-        TableSource(profile, described(TINY, "tiny").model, 1)
+        TableSource(profile, described(TINY, "tiny").model, Parallel())
 
 
 def test_what_tables_do_not_hold(profile: Path) -> None:
     tiny = described(TINY, "tiny").model
     with pytest.raises(SourceError, match="no tp2; there are tp1"):
-        TableSource(profile, tiny, 2, collectives=Collectives(cluster("2xL40S")))
+        TableSource(profile, tiny, Parallel(2), collectives=Collectives(cluster("2xL40S")))
     with pytest.raises(SourceError, match="collectives over 2 ranks"):
-        TableSource(profile, tiny, 2)
-    with pytest.raises(SourceError, match="experts"):
-        TableSource(profile, load("Qwen/Qwen3-30B-A3B").model, 1)
+        TableSource(profile, tiny, Parallel(2))
+    with pytest.raises(SourceError, match="sliding windows"):
+        TableSource(profile, load("openai/gpt-oss-20b").model, Parallel())
+    with pytest.raises(SourceError, match="experts cut over ranks were not profiled"):
+        TableSource(profile, described(SPARSE, "sparse").model, Parallel(2), collectives=Collectives(cluster("2xL40S")))
+    with pytest.raises(SourceError, match=r"moe\.csv: No such file"):
+        TableSource(profile, described(SPARSE, "sparse").model, Parallel())
+    (profile / "tp1" / "moe.csv").write_text("ep,tokens,activated_experts,time_us\n4,1,1,1\n")
+    with pytest.raises(SourceError, match="no rows for 1 expert-parallel ranks, nor for one"):
+        TableSource(profile, described(SPARSE, "sparse").model, Parallel())
+
+
+def test_experts_take_the_place_of_the_mlp(profile: Path) -> None:
+    model, rows = described(SPARSE, "sparse").model, [(1, 2), (1, 4), (16, 2), (16, 4)]
+    path = profile / "tp1" / "moe.csv"
+    write(path, "tokens,activated_experts,time_us", [(n, e, 100 * e + n) for n, e in rows])
+    source = TableSource(profile, model, Parallel())
+    # One token reaches 2 of 4 experts, two reach 3 on average; the MLP's layers (6 + 7 + 8) are not run.
+    for count, reached in ((1, 2), (2, 3), (4, 3.75)):
+        dense = fixed(count, count) - 3 * 21 * count
+        got = source.step_seconds(Steps.of(contexts=[16] * count)) * 1e6
+        assert got == pytest.approx(dense + 3 * (16 * count + 100 * reached + count))
+    assert source.max_tokens == 16
+    # Four ranks of one expert each: 4 tokens of 2 assignments are 2 tokens of work on each rank of two.
+    spread = Parallel(dp=2, ep=True)
+    collectives = Collectives(cluster("2xL40S"))
+    two = TableSource(profile, model, spread, collectives=collectives, imbalance=1.0)
+    exchange = sum(
+        3 * collectives.seconds(kind, 2 * 2 * 8 * 2, range(2)) for kind in ("all_gather", "reduce_scatter")
+    )  # fmt: skip
+    dense = fixed(2, 2) - 3 * 21 * 2
+    reached = 2 * (1 - 0.5**4)
+    expected = dense + 3 * (16 * 2 + 100 * max(2, reached) + 2)
+    assert two.step_seconds(Steps.of(contexts=[16] * 2)) * 1e6 == pytest.approx(expected + exchange * 1e6)
+    # Measured at that spread: all four tokens are counted.
+    path.write_text("ep,tokens,activated_experts,time_us\n2,4,1,500\n2,4,2,700\n2,8,2,900\n")
+    two = TableSource(profile, model, spread, collectives=collectives, imbalance=1.0)
+    expected = dense + 3 * (16 * 2 + 500 + (reached - 1) * 200)
+    assert two.step_seconds(Steps.of(contexts=[16] * 2)) * 1e6 == pytest.approx(expected + exchange * 1e6)
+    assert two.max_tokens == 4
+
+
+def test_a_pipeline_hands_rows_on(profile: Path) -> None:
+    collectives, model = Collectives(cluster("3xL40S")), described(TINY, "tiny").model
+    one, three = (
+        TableSource(profile, model, Parallel(pp=pp), collectives=collectives) for pp in (1, 3)
+    )  # fmt: skip
+    steps = Steps.of(chunks=[(20, 0)])
+    handed = 2 * collectives.seconds("p2p", 20 * 2 * 8 * 2, range(2))
+    assert three.step_seconds(steps) - one.step_seconds(steps) == pytest.approx(handed)
+    assert three.stage_seconds(steps) == three.step_seconds(steps) / 3
 
 
 def test_a_grid_of_two_grids_keeps_every_point() -> None:
@@ -203,7 +256,7 @@ def test_a_grid_of_two_grids_keeps_every_point() -> None:
 def source_of(name: str, tp: int) -> TableSource:
     """A source of the data folder."""
     collectives = Collectives(cluster(f"{tp}xRTX-PRO-6000"))
-    return TableSource(PERF / name / "bf16", load(name).model, tp, collectives=collectives)
+    return TableSource(PERF / name / "bf16", load(name).model, Parallel(tp), collectives=collectives)
 
 
 def rows_of(name: str, tp: int) -> list[tuple[int, int, int, int, float]]:
