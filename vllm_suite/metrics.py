@@ -152,7 +152,8 @@ SWIFTKV: tuple[SeriesSpec, ...] = (
 # `class` is the client's `dler_class`: default where it gave none, other beyond the first `classes.max_labels`.
 SCHED: tuple[SeriesSpec, ...] = (
     SeriesSpec("vllm_suite_sched_active", "gauge", "1 where requests are ordered by length, 0 where by another rule."),
-    SeriesSpec("vllm_suite_sched_kappa", "gauge", "Seconds of delay that one token of size is worth, now."),
+    SeriesSpec("vllm_suite_sched_kappa", "gauge", "Rule kappa: seconds that one token of size is worth, now."),
+    SeriesSpec("vllm_suite_sched_boost_seconds", "gauge", "Rule boost: scale of the boost, now."),
     SeriesSpec("vllm_suite_sched_queue_length", "gauge", "Requests that wait, those evicted among them.", ("class",)),
     SeriesSpec("vllm_suite_sched_queue_age_seconds", "gauge", "Seconds since the oldest of them came.", ("class",)),
     SeriesSpec(

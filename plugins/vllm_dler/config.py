@@ -7,7 +7,7 @@ Example::
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -51,6 +51,13 @@ class AdaptiveSettings(Section):
         if self.minimum > self.maximum:
             raise ValueError(f"minimum {self.minimum:g} is above maximum {self.maximum:g}")
         return self
+
+
+class BoostSettings(Section):
+    """Rule ``boost``: requests smaller than most go forward."""
+
+    strength: float = Field(default=0.75, ge=0, description="Scale of the boost, in latencies of the slowest requests.")
+    max_boost_s: float = Field(default=300.0, gt=0, description="Seconds that no request goes forward by more than.")
 
 
 class VictimSettings(Section):
@@ -99,16 +106,15 @@ class ClassSettings(Section):
 
 
 class SchedulerSettings(Section):
-    """How waiting requests are ordered. The key of a request is its arrival plus ``kappa`` seconds for each token of
-    its size; the smallest key goes first."""
+    """How waiting requests are ordered. The smallest key goes first."""
 
-    kappa: float = Field(
-        default=0.02,
-        ge=0,
-        description="Seconds that a token of size is worth. 0: vLLM's own order, victims and admission.",
+    rule: Literal["boost", "kappa"] = Field(
+        default="boost", description="How a request's size moves it: a bounded boost, or kappa."
     )
+    kappa: float = Field(default=0.02, ge=0, description="Rule `kappa`: seconds that a token of size is worth.")
+    boost: BoostSettings = BoostSettings()
     prefill_weight: float = Field(
-        default=0.25, ge=0, description="Size of a prompt token that is not cached, in generated tokens."
+        default=0.2, ge=0, description="Size of a prompt token that is not cached, in generated tokens."
     )
     headroom_tokens: int = Field(
         default=64,
@@ -133,6 +139,8 @@ class SchedulerSettings(Section):
         for name, cap in self.caps.items():
             if cap < 1:
                 raise ValueError(f"caps.{name} must be at least 1, not {cap}")
+        if self.adaptive.enabled and self.rule != "kappa":
+            raise ValueError('adaptive is for rule "kappa"; rule "boost" follows the load by itself')
         if self.adaptive.enabled and not self.adaptive.minimum <= self.kappa <= self.adaptive.maximum:
             raise ValueError(
                 f"kappa {self.kappa:g} is not between adaptive.minimum {self.adaptive.minimum:g} and adaptive.maximum "
@@ -143,7 +151,12 @@ class SchedulerSettings(Section):
     @property
     def reorders(self) -> bool:
         """False where vLLM's own queues, victims and admission are left alone."""
-        return self.kappa > 0
+        return self.worth > 0
+
+    @property
+    def worth(self) -> float:
+        """The one number of the rule; 0 is the order of arrival."""
+        return self.kappa if self.rule == "kappa" else self.boost.strength
 
     @classmethod
     def of(cls, config: Any) -> SchedulerSettings:

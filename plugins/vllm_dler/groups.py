@@ -30,16 +30,17 @@ class Group:
         self.stop_after: int | None = None
         self.probe: Tracked | None = None
 
-    def share(self, state: Tracked) -> bool:
+    def share(self, state: Tracked, lowest: float) -> bool:
         """Let the group's deadline and the sample's key take the smaller of each other; whether the group's fell.
 
-        Never below the sample's arrival: who joins an old group does not inherit its age.
+        Never below what the sample's own key could be, its arrival plus ``lowest``: who joins an old group does not
+        inherit its age.
         """
         fell = False
         if state is not self.probe and state.key < self.deadline:
             self.deadline = state.key
             fell = True
-        state.deadline = min(state.deadline, max(state.arrival, self.deadline))
+        state.deadline = min(state.deadline, max(state.arrival + lowest, self.deadline))
         return fell
 
     def enough(self) -> bool:

@@ -14,7 +14,8 @@ def propose(view: View) -> list[Setting | Note]:
     settings = SchedulerSettings.of(view.engine_args)
     if view.role == "encode":
         return [Note("dler: an instance of role encode generates nothing, its scheduler is left alone")]
-    how = f"kappa {settings.kappa:g} s/token" if settings.reorders else "kappa 0: vLLM's own order"
+    unit = " s/token" if settings.rule == "kappa" else ""
+    how = f"{settings.rule} {settings.worth:g}{unit}" + ("" if settings.reorders else ": vLLM's own order")
     return [Setting("scheduler_cls", SCHEDULER, f"dler, {how}")]
 
 

@@ -1,12 +1,15 @@
 """The order of requests: a key that is fixed on arrival and can only fall.
 
-``key = arrival + kappa * S`` seconds, where ``S`` is the size of a request in generated tokens: its expected output,
-and its prompt that is not cached at ``prefill_weight`` each. It is the earliest deadline first with slack in
-proportion to size: kappa 0 is first come, first served, a large kappa is shortest expected first.
+``key = arrival + offset(S)`` seconds, where ``S`` is the size of a request in generated tokens: its expected output,
+and its prompt that is not cached at ``prefill_weight`` each. The offset is a rule's (`vllm_dler.rules`): ``kappa * S``,
+or minus a boost.
 
-A request that arrived more than ``kappa * S`` seconds after another of size ``S`` cannot overtake it: its own key is
-at least its arrival, and the other's is at most ``arrival + kappa * S`` and never rises. Where nothing is known of
-any length, ``S`` is 0 and the order is that of arrival.
+Nobody is overtaken from outside a window. Under rule ``kappa`` a request of size ``S`` is never overtaken by one that
+arrived more than ``kappa * S`` seconds after it: the other's key is at least its arrival, and its own is at most
+``arrival + kappa * S`` and never rises. Under rule ``boost`` the window is ``max_boost_s`` for everybody: the other's
+key is at least its arrival minus that, and its own is at most its arrival.
+
+Where nothing is known of any length, offsets are 0 and the order is that of arrival.
 """
 
 from __future__ import annotations
@@ -72,9 +75,9 @@ class Tracked:
     def rank(self) -> Rank:
         return (self.priority, self.deadline, self.spread, self.seq)
 
-    def lower(self, kappa: float, size: float) -> bool:
-        """Take a new estimate of the size; whether the key fell."""
-        key = self.arrival + kappa * size
+    def lower(self, offset: float, size: float) -> bool:
+        """Take a new estimate; whether the key fell."""
+        key = self.arrival + offset
         if key >= self.key:
             return False
         self.key, self.size = key, size

@@ -18,6 +18,7 @@ from vllm_dler.groups import Groups
 from vllm_dler.kappa import Controller
 from vllm_dler.order import Arrivals, Tracked, size_of
 from vllm_dler.queue import LengthQueue
+from vllm_dler.rules import BoostRule, KappaRule
 from vllm_dler.stats import Stats
 from vllm_dler.victims import Victims
 from vllm_dler.waits import Waits
@@ -32,6 +33,8 @@ _EXACT: tuple[End, ...] = ("stop",)
 _SHARE = 8
 # The gate looks at so many waiting requests; no step begins more.
 _AT_ONCE = 16
+# Ends that tell how long requests take here.
+_LASTED: tuple[End, ...] = ("stop", "length", "repetition")
 _CENSORED: tuple[End, ...] = ("length", "repetition", "abort")
 
 
@@ -43,7 +46,7 @@ class LengthPolicy:
         sorts_running, gates: whether `sort_running` and `places` are wanted.
         headroom: tokens that an admission leaves free for those that run: what each is expected to generate,
             `headroom_tokens` at most.
-        kappa: seconds per token now.
+        rule: the order.
         lengths: what is known of output lengths.
         stats: what is counted.
     """
@@ -65,7 +68,7 @@ class LengthPolicy:
         self.headroom = 0
         self._room = settings.headroom_tokens if settings.reorders else 0
         self.gates = settings.reorders and settings.gate.enabled
-        self.kappa = settings.kappa
+        self.rule = KappaRule(settings.kappa) if settings.rule == "kappa" else BoostRule(settings.boost)
         self.now = clock()
         self.stats = Stats(settings.classes.max_labels)
         self.waits = Waits(settings.adaptive.window)
@@ -124,6 +127,7 @@ class LengthPolicy:
             self._stops.update({request.request_id: None} if group.enough() else {})  # it came too late
         state.predicted = self._place(state)
         self.waits.arrived(state)
+        self.rule.arrived(state.size)
         return state
 
     def renewed(self, request: Any) -> None:
@@ -144,9 +148,8 @@ class LengthPolicy:
         """Read the clock, and let waiting requests know what was learned."""
         self.now = now = self.clock()
         self._sorted = False
-        if self._adapts and (kappa := self._controller.decide(self.kappa, self.waits, now)) != self.kappa:
-            self._stale |= kappa < self.kappa
-            self.kappa = kappa
+        if self._adapts:
+            self._adapt(now)
         learned = self._learned
         if self._stale or (learned and self._due(learned, now)):
             self._relearn(now)
@@ -223,6 +226,8 @@ class LengthPolicy:
             else:
                 self.lengths.forget(group.name)
         self._touched.discard(state)
+        if end in _LASTED:
+            self.rule.finished(self.now - state.arrival)
         self.stats.finished(state, end, tokens, self.now)
 
     def take_stops(self) -> list[str]:
@@ -241,7 +246,11 @@ class LengthPolicy:
     def report(self) -> dict[str, Any]:
         """See `LengthPolicy.report`."""
         waiting = [state for queue in self._queues for state in queue.states()]
-        return dict(self.stats.report(waiting, self.waits, self.kappa, self.clock()))
+        return dict(self.stats.report(waiting, self.waits, self._scale(), self.clock()))
+
+    def _scale(self) -> tuple[str, float]:
+        """Series and value of what the rule goes by now."""
+        return ("kappa", self.rule.kappa) if isinstance(self.rule, KappaRule) else ("boost_seconds", self.rule.scale)
 
     def _held(self, state: Tracked) -> tuple[float, int]:
         """Output still to come, and tokens of KV once it runs; an unknown answer may be as long as allowed."""
@@ -267,12 +276,12 @@ class LengthPolicy:
         size = size_of(state.uncached, remaining, self.settings.prefill_weight)
         if group is not None and group.probe is state:
             size *= self.settings.groups.probe
-        fell = state.lower(self.kappa, size) and state.predicted is not None
-        if fell:
+        known = state.predicted is not None
+        if state.lower(self.rule.offset(size), size) and known:
             self.stats.count("boosts")
         if group is not None:
             state.spread = -(remaining or 0.0)
-            if group.share(state):
+            if group.share(state, self.rule.lowest):
                 self._touched.update(group.members.values())
         return remaining
 
@@ -283,6 +292,13 @@ class LengthPolicy:
             return self.lengths.remaining(state.keys, age, state.cap)
         running = [m.request.num_output_tokens for m in group.members.values() if m is not state]
         return self.lengths.remaining(state.keys, age, state.cap, group=group.name, running=running)
+
+    def _adapt(self, now: float) -> None:
+        rule = self.rule
+        assert isinstance(rule, KappaRule)
+        kappa = self._controller.decide(rule.kappa, self.waits, now)
+        self._stale |= kappa < rule.kappa
+        rule.kappa = kappa
 
     def _due(self, learned: int, now: float) -> bool:
         """Whether enough was learned. A long queue is looked at less often, so that what it costs for each request
@@ -299,7 +315,7 @@ class LengthPolicy:
         # Groups' deadlines have settled only now.
         for state in self._touched:
             if state.group is not None:
-                state.group.share(state)
+                state.group.share(state, self.rule.lowest)
         self._touched = set()
         for queue in self._queues:
             queue.rekey()

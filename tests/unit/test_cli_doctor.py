@@ -51,7 +51,7 @@ def test_disagg_can_work_here_and_the_result_is_machine_readable(tmp_path: Path)
     assert list(plugins) == list(PLUGINS)
     assert plugins["disagg"]["usable"]
     assert plugins["dler"]["usable"], plugins["dler"]
-    assert plugins["dler"]["parts"]["settings"].startswith("additional_config.suite.dler: kappa=0.02, ")
+    assert plugins["dler"]["parts"]["settings"].startswith("additional_config.suite.dler: rule=boost, ")
     assert plugins["dler"]["parts"]["gate"].startswith("off: ")
     assert plugins["epd"]["usable"], plugins["epd"]
     assert plugins["epd"]["parts"]["transfer"].startswith("NIXL ")

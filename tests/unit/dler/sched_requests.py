@@ -79,7 +79,7 @@ def policy(
     settings: dict[str, Any] | None = None, lengths: Any = None, clock: Clock | None = None, **options: Any
 ) -> LengthPolicy:
     return LengthPolicy(
-        SchedulerSettings.model_validate(settings or {}),
+        SchedulerSettings.model_validate({"rule": "kappa", "prefill_weight": 0.25} | (settings or {})),
         max_model_len=options.pop("max_model_len", 100_000),
         clock=clock or Clock(),
         lengths=lengths,

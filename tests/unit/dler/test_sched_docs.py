@@ -52,7 +52,7 @@ def test_doctor_shows_every_setting() -> None:
     text = "\n".join(shown.values())
     for name in SchedulerSettings.model_fields:
         assert name in shown or f"{name}=" in text, name
-    assert shown["settings"].startswith(f"{WHERE}: kappa=0.02, ")
+    assert shown["settings"].startswith(f"{WHERE}: rule=boost, kappa=0.02, ")
     assert shown["gate"].startswith("off: usage=")
     assert shown["victims"].startswith("on: max_evictions=3")
     assert "kappa=0.5" in parts(SchedulerSettings(kappa=0.5))["settings"]
@@ -71,7 +71,12 @@ class Args:
         ({"kappa": "1"}, "additional_config.suite.dler.kappa: Input should be a valid number"),
         ({"victims": {"growth": 0.5}}, "additional_config.suite.dler.victims.growth: "),
         ({"caps": {"chat": 0}}, "caps.chat must be at least 1, not 0"),
-        ({"adaptive": {"enabled": True}, "kappa": 0}, "kappa 0 is not between adaptive.minimum 0.002 and"),
+        (
+            {"rule": "kappa", "adaptive": {"enabled": True}, "kappa": 0},
+            "kappa 0 is not between",
+        ),
+        ({"adaptive": {"enabled": True}}, 'adaptive is for rule "kappa"'),
+        ({"rule": "sjf"}, "additional_config.suite.dler.rule: Input should be 'boost' or 'kappa'"),
         ({"adaptive": {"minimum": 1.0, "maximum": 0.5}}, "minimum 1 is above maximum 0.5"),
         ({"lengths": {"min_observation": 1}}, "additional_config.suite.dler.lengths.min_observation: Extra"),
         (3, "additional_config.suite.dler must be an object of settings, not 3"),
@@ -88,5 +93,6 @@ def test_settings_that_are_right() -> None:
     settings = SchedulerSettings.of(Args(given))
     assert (settings.kappa, settings.caps, settings.lengths.min_observations) == (1.0, {"*": 4000}, 4)
     assert settings.reorders
-    assert not SchedulerSettings.of(Args({"kappa": 0})).reorders
+    assert not SchedulerSettings.of(Args({"rule": "kappa", "kappa": 0})).reorders
+    assert not SchedulerSettings.of(Args({"boost": {"strength": 0}})).reorders
     assert SchedulerSettings.of(Args({})) == SchedulerSettings()

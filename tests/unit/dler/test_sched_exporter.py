@@ -118,7 +118,7 @@ def test_every_series_that_a_policy_reports_is_in_the_table() -> None:
     [
         (Client(scheduler="mine.Scheduler"), 0),
         (Client(scheduler=None), 0),
-        (Client(suite={"kappa": 0}), 0),
+        (Client(suite={"boost": {"strength": 0}}), 0),
         (Client(scheduler=OWN_SCHEDULER), 1),
     ],
 )

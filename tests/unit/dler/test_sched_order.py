@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_requests import Ask, Clock, Known, of, policy
 
+from vllm_dler.config import BoostSettings
+from vllm_dler.rules import BoostRule
+
 LENGTHS = {"class:short": 10.0, "class:long": 1000.0, "class:longer": 3000.0}
 
 
@@ -102,7 +105,7 @@ def test_a_key_never_rises_whatever_is_learned(estimates: list[float], kappas: l
     last = math.inf
     for n, estimate in enumerate(estimates):
         known.lengths["class:short"] = estimate
-        one.kappa = kappas[n % len(kappas)]
+        one.rule.kappa = kappas[n % len(kappas)]
         one.finished(_ended(one), "stop")
         one._learned = one.settings.relearn_every
         one.begin_step()
@@ -278,3 +281,85 @@ def test_husks_do_not_pile_up() -> None:
         one.finished(ask, "abort")
     assert len(queue._heap) < 100
     assert len(one._states) == 0
+
+
+# -- rule boost
+
+
+def boosted(strength: float = 0.75, most: float = 300.0, latency: float = 40.0) -> BoostRule:
+    """A rule that has seen sizes of 100 on average, and latencies."""
+    rule = BoostRule(BoostSettings(strength=strength, max_boost_s=most))
+    for _ in range(16):
+        rule.arrived(100.0)
+        rule.finished(latency)
+    return rule
+
+
+def test_the_boost_is_that_of_the_formula() -> None:
+    rule = boosted()
+    assert rule.scale == 30.0
+    for size in (1.0, 50.0, 100.0, 500.0):
+        shape = min(2.0, -math.log(1 - math.exp(-size / 200)))
+        assert rule.offset(size) == pytest.approx(-30 * shape)
+    assert rule.offset(1.0) == -60.0
+    assert -1 < rule.offset(1000.0) < 0
+    assert boosted(most=20.0).offset(1.0) == -20.0
+    assert boosted(strength=0.0).offset(1.0) == rule.offset(0.0) == 0.0
+
+
+def test_no_boost_until_enough_is_known() -> None:
+    rule = BoostRule(BoostSettings())
+    for _ in range(15):
+        rule.arrived(100.0)
+        rule.finished(40.0)
+        assert rule.offset(1.0) == 0
+    rule.arrived(100.0)
+    rule.arrived(0.0)  # not known, so no part of the mean
+    assert rule.offset(1.0) == 0
+    rule.finished(40.0)
+    assert rule.offset(1.0) == -60
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 90), st.sampled_from(["short", "long", "longer"])), max_size=40),
+    st.sampled_from([1.0, 20.0, 300.0]),
+)
+def test_nobody_goes_forward_by_more_than_the_most(rows: list[tuple[float, str]], most: float) -> None:
+    one = policy({"rule": "boost", "boost": {"max_boost_s": most}}, Known(LENGTHS))
+    one.rule = boosted(most=most)
+    queue = one.queue()
+    asks = [of(name, 900 + gap) for gap, name in sorted(rows)]
+    for ask in asks:
+        one.arrived(ask, 0)
+        queue.add_request(ask)
+    order = drained(queue)
+    place = {id(ask): n for n, ask in enumerate(order)}
+    assert len(order) == len(asks)
+    for first in asks:
+        for second in asks:
+            if second.arrival_time > first.arrival_time + most:
+                assert place[id(first)] < place[id(second)]
+    longer = [ask.arrival_time for ask in order if ask.xargs == {"dler_class": "longer"}]
+    assert longer == sorted(longer)
+
+
+def test_the_policy_learns_the_scales() -> None:
+    clock = Clock()
+    one = policy({"rule": "boost"}, Known(LENGTHS), clock)
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 0.0]]
+    for n in range(40):
+        ask = of("long" if n % 2 else "short", clock.now)
+        one.arrived(ask, 0)
+        clock.now += 20
+        ask.num_output_tokens = 5
+        one.begin_step()
+        one.finished(ask, ("stop", "length", "repetition")[n % 3])  # type: ignore[arg-type]
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 15.0]]
+    long, short = of("long", clock.now - 5), of("short", clock.now)
+    states = [one.arrived(ask, 0) for ask in (long, short)]
+    assert states[1].deadline < states[0].deadline <= long.arrival_time
+    aborted = [of("long", clock.now - 500) for _ in range(32)]
+    for ask in aborted:
+        one.arrived(ask, 0)
+        one.finished(ask, "abort")
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 15.0]]

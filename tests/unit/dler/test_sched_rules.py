@@ -407,9 +407,9 @@ def test_a_kappa_that_falls_takes_waiting_keys_along_and_one_that_rises_does_not
     one.waits.window.extend([Wait(5.0, 5.0, 10.0)] * 20)
     clock.now += 2
     one.begin_step()
-    assert one.kappa == 0.01
+    assert one.rule.kappa == 0.01
     assert state.key == pytest.approx(1010.0)
-    one.kappa = 1.0
+    one.rule.kappa = 1.0
     one._stale = True
     one.begin_step()
     assert state.key == pytest.approx(1010.0)

@@ -49,17 +49,23 @@ def play(engine: Engine, work: list[tuple[Any, ...]], check: Any = lambda engine
 
 
 @RUNS
-@given(WORK, st.booleans(), st.sampled_from(["fcfs", "priority"]), st.booleans())
-def test_kappa_0_is_stock_vllm_step_by_step(work: Any, ahead: bool, policy: str, caching: bool) -> None:
+@given(
+    WORK,
+    st.booleans(),
+    st.sampled_from(["fcfs", "priority"]),
+    st.booleans(),
+    st.sampled_from([{"rule": "kappa", "kappa": 0}, {"boost": {"strength": 0}}]),
+)
+def test_a_rule_of_0_is_stock_vllm_step_by_step(work: Any, ahead: bool, policy: str, caching: bool, suite: Any) -> None:
     options: dict[str, Any] = {"ahead": ahead, "policy": policy, "caching": caching}
-    assert play(Engine({"kappa": 0}, **options), work).log == play(Engine(None, **options), work).log
+    assert play(Engine(suite, **options), work).log == play(Engine(None, **options), work).log
 
 
 @RUNS
-@given(WORK, st.booleans())
-def test_so_is_any_kappa_where_nothing_is_known_and_the_cache_is_large(work: Any, ahead: bool) -> None:
+@given(WORK, st.booleans(), st.sampled_from([{"rule": "kappa", "kappa": 0.5}, {}]))
+def test_so_is_any_where_nothing_is_known_and_the_cache_is_large(work: Any, ahead: bool, suite: Any) -> None:
     """Nothing is observed: no answer counts as one that ended by itself."""
-    ours = Engine({"kappa": 0.5}, blocks=2000, ahead=ahead)
+    ours = Engine(suite, blocks=2000, ahead=ahead)
     ours.scheduler.length_policy.lengths.observe = lambda *_, **__: None
     work = [step for step in work if step[0] != "reset"]
     assert play(ours, work).log == play(Engine(None, blocks=2000, ahead=ahead), work).log
@@ -78,13 +84,26 @@ def consistent(engine: Engine) -> None:
     assert len(ranks) == len(scheduler.waiting)
 
 
-MANY = {"kappa": 0.3, "relearn_every": 2, "headroom_tokens": 8, "victims": {"min_run": 4, "max_evictions": 2}}
+MANY = {
+    "rule": "kappa",
+    "kappa": 0.3,
+    "relearn_every": 2,
+    "headroom_tokens": 8,
+    "victims": {"min_run": 4, "max_evictions": 2},
+}
 GATED = MANY | {"gate": {"enabled": True}, "adaptive": {"enabled": True, "maximum": 1.0, "period_s": 0.1}}
 PLAIN = MANY | {"headroom_tokens": 0}
+BOOST = MANY | {"rule": "boost"}
 
 
 @RUNS
-@given(WORK, st.booleans(), st.sampled_from([MANY, GATED, PLAIN]), st.sampled_from(["fcfs", "priority"]), st.booleans())
+@given(
+    WORK,
+    st.booleans(),
+    st.sampled_from([MANY, GATED, PLAIN, BOOST]),
+    st.sampled_from(["fcfs", "priority"]),
+    st.booleans(),
+)
 def test_every_request_is_served_once(work: Any, ahead: bool, suite: Any, policy: str, caching: bool) -> None:
     plugins = ("dler", "epd") if caching else ("dler",)
     engine = Engine(suite, ahead=ahead, policy=policy, caching=caching, plugins=plugins)
