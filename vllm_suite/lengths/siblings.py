@@ -27,12 +27,15 @@ _FADE = 1.0 - 1.0 / 4096
 class Group:
     """Finished samples of one prompt, on the log scale."""
 
-    __slots__ = ("censored", "count", "mean")
+    __slots__ = ("censored", "count", "mean", "total", "within")
 
     def __init__(self) -> None:
         self.count = 0
         self.mean = 0.0
         self.censored: list[float] = []
+        # Squared deviations, in units of the class's variance: from the group's mean, from the class's.
+        self.within = 0.0
+        self.total = 0.0
 
 
 class Siblings:
@@ -57,8 +60,17 @@ class Siblings:
         return self._groups.get(name)
 
     def forget(self, name: str) -> None:
-        """Drop a group: all of it have ended."""
-        self._groups.pop(name, None)
+        """Drop a group: all of it have ended.
+
+        What it says of the correlation counts where none was cut off: those that end before others are cut off are
+        more alike than all are.
+        """
+        group = self._groups.pop(name, None)
+        if group is None or group.count < 2 or group.censored:
+            return
+        faded = _FADE ** (group.count - 1)
+        self._within = self._within * faded + group.within
+        self._total = self._total * faded + group.total
 
     def add(self, name: str, tokens: int, censored: bool, spread: tuple[float, float] | None) -> None:
         """A sample of the group ended; `spread` is mean and standard deviation of log lengths in its class."""
@@ -77,8 +89,8 @@ class Siblings:
         if group.count and spread is not None and spread[1] > 0.0:
             # Helmert's contrasts: each is an unbiased estimate of the variance within groups.
             off = value - group.mean
-            self._within = self._within * _FADE + off * off * group.count / (group.count + 1) / spread[1] ** 2
-            self._total = self._total * _FADE + ((value - spread[0]) / spread[1]) ** 2
+            group.within += off * off * group.count / (group.count + 1) / spread[1] ** 2
+            group.total += ((value - spread[0]) / spread[1]) ** 2
         group.count += 1
         group.mean += (value - group.mean) / group.count
 

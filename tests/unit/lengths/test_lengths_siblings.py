@@ -118,7 +118,21 @@ def test_the_correlation_is_learned(truth):
         for _ in range(4):
             tokens = max(1, round(math.exp(rng.gauss(effect, math.sqrt(1 - truth)))))
             made.observe(["class:m"], tokens, group=f"g{number}")
+        made.forget(f"g{number}")
     assert made._siblings.correlation == pytest.approx(truth, abs=0.12)
+
+
+def test_groups_that_were_cut_off_teach_nothing_of_the_correlation():
+    """The first two of five are alike because they are both short."""
+    made = classes(correlation=0.3)
+    rng = random.Random(1)
+    for number in range(200):
+        lengths = sorted(max(1, round(math.exp(rng.gauss(7, 1)))) for _ in range(5))
+        for tokens in lengths[:2]:
+            made.observe(["class:m"], tokens, group=f"g{number}")
+        made.observe(["class:m"], lengths[1], censored=True, group=f"g{number}")
+        made.forget(f"g{number}")
+    assert made._siblings.correlation == pytest.approx(0.3)
 
 
 def test_groups_are_bounded():
