@@ -116,6 +116,15 @@ def test_collectives_are_consistent() -> None:
         assert far > near, kind
 
 
+def test_an_nvlink_domain_wider_than_a_node(tmp_path: Path) -> None:
+    path = tmp_path / "rack.yaml"
+    path.write_text(MINE.replace("nvlink_domain: 2", "nvlink_domain: 72"))
+    found = cluster("72xMy-GPU", path)
+    assert found.link((0, 71)).gb_s == 100
+    # Three steps of a tree at 2 us, and seven eighths of the bytes at 70 % of the rate.
+    assert Collectives(found).seconds("all_gather", 1e8, range(8)) == pytest.approx(6e-6 + 7 / 8 * 1e8 / 70e9)
+
+
 def test_measured_collectives_come_first(tmp_path: Path) -> None:
     path = tmp_path / "all_reduce.csv"
     path.write_text(

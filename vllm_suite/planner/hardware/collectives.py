@@ -86,9 +86,10 @@ class Collectives:
             if found is not None:
                 return found
             self.estimated += 1
-        per_node = self._in_one_node(ranks)
-        if per_node == count or kind == "p2p":
-            return self._flat(kind, size, count, self.cluster.link(ranks))
+        per_node, link = self._in_one_node(ranks), self.cluster.link(ranks)
+        # An NVLink domain may be wider than a node.
+        if per_node == count or kind == "p2p" or link == self.cluster.device.node.nvlink:
+            return self._flat(kind, size, count, link)
         return self._over_nodes(kind, size, count, per_node, ranks)
 
     def _flat(self, kind: Kind, size: float, count: int, link: Link) -> float:
