@@ -71,12 +71,15 @@ def test_the_busiest_rank_of_experts_decides() -> None:
 
 
 def test_latent_attention() -> None:
-    found = source("deepseek-ai/DeepSeek-V3", "16xH200", Parallel(tp=8, pp=2))
     peak, bandwidth = 989.4e12, 4.8e12
-    # 16 heads a rank score 512 + 64 values and sum 512; reading the row of 576 values in 16 bits takes less.
-    scores = 2 * 16 * (2 * 512 + 64) / (peak * found.efficiency.prefill_attention)
-    read = 576 * 2 / (bandwidth * found.efficiency.decode_attention)
-    assert found.decode_line(4, 4000.0).slope == pytest.approx(4 * 61 * max(scores, read))
+    # Each head scores 512 + 64 values and sums 512. With 128 heads on a rank that decides, with 16 reading the row of 576
+    # values in 16 bits takes longer.
+    for parallel, decides in ((Parallel(), "scores"), (Parallel(tp=8, pp=2), "read")):
+        found = source("deepseek-ai/DeepSeek-V3", "16xH200", parallel)
+        scores = 2 * 128 / parallel.tp * (2 * 512 + 64) / (peak * found.efficiency.prefill_attention)
+        read = 576 * 2 / (bandwidth * found.efficiency.decode_attention)
+        assert (scores > read) == (decides == "scores")
+        assert found.decode_line(4, 4000.0).slope == pytest.approx(4 * 61 * max(scores, read))
     # A chunk after a prefix multiplies its rows out again: 512 to 16 heads of 128 keys and 128 values.
     unpack = 2 * 512 * 16 * 256 / (peak * found.efficiency.matmul)
     more = found.step_seconds(Steps.of([(1, 50_000)])) - found.step_seconds(Steps.of([(1, 0)]))
