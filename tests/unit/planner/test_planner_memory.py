@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,9 @@ from vllm_suite.planner.models.memory import (
     kv_capacity,
     weight_bytes,
 )
+from vllm_suite.planner.models.operations import operations, operators
 from vllm_suite.planner.models.sharding import check, on_rank, stages
+from vllm_suite.planner.models.swiftkv import with_swiftkv
 
 BF16 = Quantization()
 
@@ -179,3 +183,49 @@ def test_cuts_that_vllm_refuses(name: str, parallel: Parallel, says: str) -> Non
         check(load(name).model, parallel)
     with pytest.raises(ModelError, match="at least 1"):
         Parallel(tp=0)
+
+
+def test_operations_are_two_for_each_weight() -> None:
+    for name in ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B", "deepseek-ai/DeepSeek-V3"):
+        model = load(name).model
+        whole = operations(model, Parallel())
+        small = sum(layer.small for layer in model.layers) + model.outside
+        assert whole.per_token + whole.per_sampled == pytest.approx(2 * (model.active_params - small), rel=1e-4), name
+        halves = [operations(model, Parallel(pp=2), stage) for stage in range(2)]
+        assert [sum(each) for each in zip(*halves, strict=True)] == pytest.approx(list(whole))
+    model = load("meta-llama/Llama-3.1-8B").model
+    assert operations(model, Parallel()).per_pair == operations(model, Parallel()).per_key == 4 * 32 * 32 * 128
+    assert operations(model, Parallel(tp=4)).per_pair == 32 * 32 * 128
+    # Experts spread over data-parallel ranks: each does its share for all of them.
+    moe = load("Qwen/Qwen3-30B-A3B").model
+    assert operations(moe, Parallel(dp=4, ep=True)).per_token == pytest.approx(operations(moe, Parallel()).per_token)
+
+
+def test_late_layers_work_on_sampled_rows() -> None:
+    model = load("Qwen/Qwen3-8B").model
+    swift = operations(with_swiftkv(model, 18, 1), Parallel())
+    whole = operations(model, Parallel())
+    assert swift.per_token + swift.per_sampled == pytest.approx(whole.per_token + whole.per_sampled)
+    assert 0.5 < swift.per_token / whole.per_token < 0.55
+    assert (swift.per_pair, swift.per_key) == (whole.per_pair / 2, whole.per_key)
+
+
+def test_the_products_of_a_rank() -> None:
+    found = {each.product.linear.name: each for each in operators(load("Qwen/Qwen3-30B-A3B").model, Parallel(tp=2))}
+    assert {name: (each.product.inputs, each.product.outputs, each.layers) for name, each in found.items()} == {
+        "qkv_proj": (2048, 2048 + 2 * 256, 48),
+        "o_proj": (2048, 2048, 48),
+        "router": (2048, 128, 48),
+        "experts_gate_up": (2048, 768, 48),
+        "experts_down": (384, 2048, 48),
+    }
+    deep = operators(load("deepseek-ai/DeepSeek-V3").model, Parallel())
+    assert {each.product.linear.name: each.layers for each in deep}["gate_up_proj"] == 3
+
+
+def test_models_and_hardware_need_no_numpy() -> None:
+    code = (
+        "import sys; import vllm_suite.planner.models, vllm_suite.planner.hardware, vllm_suite.planner.models.memory;"
+        "sys.exit(bool({'numpy', 'torch', 'vllm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -72,8 +72,8 @@ def test_the_busiest_rank_of_experts_decides() -> None:
 
 def test_latent_attention() -> None:
     peak, bandwidth = 989.4e12, 4.8e12
-    # Each head scores 512 + 64 values and sums 512. With 128 heads on a rank that decides, with 16 reading the row of 576
-    # values in 16 bits takes longer.
+    # Each head scores 512 + 64 values and sums 512. With 128 heads on a rank that decides; with 16, reading the row of
+    # 576 values in 16 bits takes longer.
     for parallel, decides in ((Parallel(), "scores"), (Parallel(tp=8, pp=2), "read")):
         found = source("deepseek-ai/DeepSeek-V3", "16xH200", parallel)
         scores = 2 * 128 / parallel.tp * (2 * 512 + 64) / (peak * found.efficiency.prefill_attention)
