@@ -15,90 +15,20 @@ import logging
 import os
 import select
 import socket
-import struct
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from vllm_epd.config import ConfigError
-from vllm_epd.messages import MAX_PACKET, ToScheduler, ToWorker, packets_of, scheduler_decoder, worker_decoder
+from vllm_epd.link_channel import Channel, connect, peer_uid, readable
+from vllm_epd.messages import ToScheduler, ToWorker, scheduler_decoder, worker_decoder
 
 logger = logging.getLogger("vllm.suite.epd")
-
-# Packets waiting for a peer that does not read; the oldest are dropped beyond that, and counted.
-MAX_OUTBOX = 4096
-_CREDENTIALS = struct.Struct("3i")
 
 
 def link_name(engine_id: str, dp_index: int, rank: int) -> str:
     """Abstract socket name of one worker; the leading zero byte is not part of it."""
     return f"vllm-suite-ec-{engine_id}-{dp_index}-{rank}"
-
-
-class _Channel:
-    """One connected socket with an outbox; calls may come from several threads."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self.open = True
-        self.dropped = 0
-        self._outbox: deque[bytes] = deque()
-        self._lock = threading.Lock()
-
-    def send(self, messages: Iterable[Any]) -> bool:
-        """Queue and send what fits; False where something is left for `flush`."""
-        with self._lock:
-            self._outbox.extend(packets_of(messages))
-            while len(self._outbox) > MAX_OUTBOX:
-                self._outbox.popleft()
-                self.dropped += 1
-            return self._flush()
-
-    def flush(self) -> bool:
-        with self._lock:
-            return self._flush()
-
-    def _flush(self) -> bool:
-        while self._outbox and self.open:
-            try:
-                self.sock.send(self._outbox[0])
-            except (BlockingIOError, InterruptedError):
-                return False
-            except OSError:
-                self.open = False
-                break
-            self._outbox.popleft()
-        return True
-
-    def receive(self) -> list[bytes]:
-        """Every packet that is there now."""
-        packets = []
-        while self.open:
-            try:
-                packet = self.sock.recv(2 * MAX_PACKET)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError:
-                packet = b""
-            if not packet:
-                self.open = False
-                break
-            packets.append(packet)
-        return packets
-
-    def close(self) -> None:
-        self.open = False
-        self.sock.close()
-
-
-def _peer_uid(sock: socket.socket) -> int:
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    uid: int = _CREDENTIALS.unpack(raw)[1]
-    return uid
 
 
 class WorkerEnd:
@@ -114,7 +44,7 @@ class WorkerEnd:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind("\0" + name)
         self._listener.listen(1)
-        self._channel: _Channel | None = None
+        self._channel: Channel | None = None
         self._early: list[ToScheduler] = []
         self._lock = threading.Lock()
         self._closing_read, self._closing_write = os.pipe()
@@ -166,7 +96,7 @@ class WorkerEnd:
 
     def _accept(self, poller: select.poll) -> None:
         sock, _ = self._listener.accept()
-        if _peer_uid(sock) != os.getuid():
+        if peer_uid(sock) != os.getuid():
             logger.error("epd: refused a control link from another user")
             sock.close()
             return
@@ -174,12 +104,12 @@ class WorkerEnd:
             if self._channel is not None:
                 poller.unregister(self._channel.sock)
                 self._channel.close()
-            self._channel = _Channel(sock)
+            self._channel = Channel(sock)
             early, self._early = self._early, []
             self._channel.send([*self._first, *early])
         poller.register(sock, select.POLLIN)
 
-    def _serve(self, poller: select.poll, channel: _Channel) -> None:
+    def _serve(self, poller: select.poll, channel: Channel) -> None:
         if channel.flush() and channel.open:
             poller.modify(channel.sock, select.POLLIN)
         for packet in channel.receive():
@@ -206,7 +136,7 @@ class SchedulerEnd:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._channels = [_connect(name) for name in names]
+        self._channels = [connect(name) for name in names]
         self._inbox: list[tuple[int, ToScheduler]] = []
         self._lock = threading.Lock()
         self._wake: Callable[[], None] = lambda: None
@@ -248,7 +178,7 @@ class SchedulerEnd:
 
     def arrived(self) -> bool:
         """Whether `receive` would return something."""
-        return any(channel.open and _readable(channel.sock) for channel in self._channels)
+        return any(channel.open and readable(channel.sock) for channel in self._channels)
 
     def close(self) -> None:
         self._closed = True
@@ -275,24 +205,3 @@ class SchedulerEnd:
                 self._wake()
                 # The socket stays readable until the engine's thread has read it.
                 self._read.wait(1.0)
-
-
-def _readable(sock: socket.socket) -> bool:
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0))
-
-
-def _connect(name: str) -> _Channel:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        sock.connect("\0" + name)
-        if _peer_uid(sock) != os.getuid():
-            raise ConfigError(f"EC control link {name}: another user's process listens there")
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"EC control link {name}: no worker of this engine listens on this host ({error.strerror or error}); "
-            "SuiteECConnector needs all workers of one engine on the scheduler's host"
-        ) from error
-    return _Channel(sock)

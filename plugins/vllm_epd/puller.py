@@ -16,29 +16,23 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_epd.agent import Agent, TransferError
-from vllm_epd.checksum import checksum, finite
+from vllm_epd.agent import Agent
+from vllm_epd.claiming import Claims
 from vllm_epd.config import EpdConfig
 from vllm_epd.messages import Fetch, Fetched
-from vllm_epd.peers import Me, Peer, Peers
+from vllm_epd.peers import Me, Peers
 from vllm_epd.pool import DTYPES, Pool
+from vllm_epd.reading import Reader
 from vllm_epd.room import Region, Room
 from vllm_epd.slices import SliceFetches
-from vllm_suite.encoded import Granted, Where
+from vllm_suite.encoded import Where
 from vllm_suite.handoff import Refusal
 from vllm_suite.loop_thread import LoopThread
 
 logger = logging.getLogger("vllm.suite.epd")
 
-# An item that is being made is asked for in turns of this length, so that a producer that stops is noticed.
-WAIT_TURN_S = 2.0
-# Shortest turn: a producer that says at once that it has nothing is not asked in a loop.
-MIN_TURN_S = 0.1
-# The next producer of a pending item is asked after this long, or as soon as one has failed.
-HEDGE_S = 1.0
 # Past the deadlines of its parts a whole fetch is given up.
 GRACE_S = 0.5
-FIRST_POLL_S, LAST_POLL_S = 0.0002, 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +66,7 @@ class Puller:
         report: Callable[[Fetched], None],
         own: tuple[Pool, Where] | None = None,
     ) -> None:
-        self._config = config
         self._loop = thread.loop
-        self._agent = agent
         self._dtype = dtype
         self._itemsize = DTYPES[dtype].itemsize
         self._report = report
@@ -85,7 +77,9 @@ class Puller:
         self._lock = threading.Lock()
         self.faults: Counter[str] = Counter()
         self.room = Room(slab, thread.loop, self.faults)
-        self._slices = SliceFetches(self.room, self._claim, self._bring)
+        self._claims = Claims(self._peers)
+        self._reader = Reader(config, agent, self.room, dtype)
+        self._slices = SliceFetches(self.room, self._claims.claim, self._reader.bring)
 
     # --- other threads ---
 
@@ -188,7 +182,7 @@ class Puller:
             if region is None:
                 return Refusal.NO_ROOM
         try:
-            claimed = await self._claim(order)
+            claimed = await self._claims.claim(order)
             if isinstance(claimed, Refusal):
                 return claimed
             peer, granted = claimed
@@ -204,7 +198,7 @@ class Puller:
                     return again
                 granted = again
             assert region is not None
-            refusal = await self._bring(order, peer, granted, region)
+            refusal = await self._reader.bring(order, peer, granted, region)
             if refusal is not None:
                 return refusal
             ready, region = Ready(region, None, order.rows, order.width), None
@@ -230,122 +224,3 @@ class Puller:
         if tuple(values.shape) != (order.rows, order.width) or values.dtype != DTYPES[self._dtype]:
             return Refusal.WRONG_SHAPE
         return Ready(None, values, order.rows, order.width), {place.producer: values.nbytes}, begun
-
-    # --- claims ---
-
-    async def _claim(self, order: Fetch) -> tuple[Peer, Granted] | Refusal:
-        if order.ref is not None:
-            ref = order.ref
-            peer = self._peers.at(Where(ref.producer, ref.epoch, ref.claim_host, ref.claim_port))
-            granted = await peer.claim(order.identifier, ref, order.rows, 0.0)
-            return granted if isinstance(granted, Refusal) else (peer, granted)
-        assert order.pending is not None
-        return await self._first_to_have_it(order, list(order.pending.candidates))
-
-    async def _first_to_have_it(self, order: Fetch, places: list[Where]) -> tuple[Peer, Granted] | Refusal:
-        until = time.monotonic() + order.wait_s
-        asking: set[asyncio.Task[tuple[Peer, Granted] | Refusal]] = set()
-        last = Refusal.UNKNOWN
-        try:
-            while places or asking:
-                if places:
-                    peer = self._peers.at(places.pop(0))
-                    asking.add(asyncio.create_task(self._wait_at(peer, order, until)))
-                done, asking = await asyncio.wait(
-                    asking, timeout=HEDGE_S if places else None, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    answer = task.result()
-                    if not isinstance(answer, Refusal):
-                        asking |= done - {task}
-                        return answer
-                    last = answer
-            return last
-        finally:
-            for task in asking:
-                if not task.cancel() and not task.cancelled() and task.exception() is None:
-                    _end_claim(task.result())  # another one was faster, or nobody waits any more
-
-    async def _wait_at(self, peer: Peer, order: Fetch, until: float) -> tuple[Peer, Granted] | Refusal:
-        while True:
-            turn = min(WAIT_TURN_S, until - time.monotonic())
-            if turn <= 0:
-                return Refusal.CLAIM_TIMEOUT
-            asked = time.monotonic()
-            answer = await peer.claim(order.identifier, None, order.rows, turn)
-            if not isinstance(answer, Refusal):
-                return peer, answer
-            if answer is not Refusal.UNKNOWN:
-                return answer
-            await asyncio.sleep(max(0.0, min(MIN_TURN_S, turn) - (time.monotonic() - asked)))
-
-    # --- reads ---
-
-    async def _bring(
-        self, order: Fetch, peer: Peer, granted: Granted, region: Region, whole: Region | None = None
-    ) -> Refusal | None:
-        """Read and verify a granted item, and end its claim. ``whole``: the place that ``region`` is a part of."""
-        refusal: Refusal | None = Refusal.READ_FAILED
-        given_up = False
-        try:
-            refusal = self._unlike(order, granted) or await self._read(peer, granted, region, whole or region)
-            refusal = refusal or self._unsound(granted, region)
-            return refusal
-        except asyncio.CancelledError:
-            given_up = True
-            raise
-        finally:
-            peer.release(granted, ok=refusal is None)
-            if refusal is Refusal.READ_FAILED and not (given_up and self._agent.knows(peer.remote)):
-                peer.reset()
-
-    def _unlike(self, order: Fetch, granted: Granted) -> Refusal | None:
-        """Why what is offered is not what the model needs."""
-        if granted.rows < order.rows:
-            return Refusal.TRUNCATED
-        size = order.rows * order.width * self._itemsize
-        shape = (granted.rows, granted.width, granted.dtype) == (order.rows, order.width, self._dtype)
-        if not shape or granted.memory not in ("DRAM", "VRAM"):
-            return Refusal.WRONG_SHAPE
-        if granted.size != size or sum(part for _, part in granted.runs) != size:
-            return Refusal.TRUNCATED if granted.size < size else Refusal.WRONG_SHAPE
-        return None
-
-    async def _read(self, peer: Peer, granted: Granted, region: Region, whole: Region) -> Refusal | None:
-        deadline = time.monotonic() + min(self._config.read_timeout_s, granted.hold_s)
-        local = self.room.addresses(region)
-        peer.reads += 1
-        read = None
-        try:
-            read = self._agent.read(
-                peer.remote, local, granted.runs, granted.memory, device=granted.device,
-                local_memory=self.room.memory, local_device=self.room.device,
-            )  # fmt: skip
-            pause = FIRST_POLL_S
-            while read.poll() == "reading" and time.monotonic() < deadline:
-                await asyncio.sleep(pause)
-                pause = min(pause * 1.5, LAST_POLL_S)
-            if read.state == "done":
-                return None
-            logger.warning("epd: reading from %s: %s", peer.place.producer, read.error or "deadline passed")
-        except TransferError as error:
-            logger.warning("epd: reading from %s: %s", peer.place.producer, error)
-        finally:
-            if read is not None and read.state != "done" and not read.cancel():
-                self.room.keep_away(read, whole)
-            peer.read_ended()
-        return Refusal.READ_FAILED
-
-    def _unsound(self, granted: Granted, region: Region) -> Refusal | None:
-        data = self.room.read(region)
-        if self._config.verify_checksum and checksum(data, granted.seed) != granted.checksum:
-            return Refusal.BAD_CHECKSUM
-        if self._config.verify_finite and not finite(data.view(DTYPES[self._dtype])):
-            return Refusal.NON_FINITE
-        return None
-
-
-def _end_claim(answer: tuple[Peer, Granted] | Refusal) -> None:
-    if not isinstance(answer, Refusal):
-        peer, granted = answer
-        peer.release(granted, ok=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from vllm_epd.claiming import Claimed
 from vllm_epd.messages import Fetch
 from vllm_epd.peers import Peer
 from vllm_epd.room import Region, Room
@@ -18,7 +19,6 @@ from vllm_suite.encoded import Granted
 from vllm_suite.handoff import Refusal
 
 T = TypeVar("T")
-Claimed = tuple[Peer, Granted]
 Claim = Callable[[Fetch], Awaitable[Claimed | Refusal]]
 Bring = Callable[[Fetch, Peer, Granted, Region, Region], Awaitable[Refusal | None]]
 

@@ -349,7 +349,7 @@ def test_an_error_of_the_pullers_own_is_one_items(bench: Bench, make: Make, monk
     producer = make()
     ref = producer.put("i")
     with monkeypatch.context() as patch:
-        patch.setattr(bench.puller, "_unsound", lambda *_: 1 / 0)
+        patch.setattr(bench.puller._reader, "_unsound", lambda *_: 1 / 0)
         assert bench.fetch("i", ref).refusal == "read_failed"
     assert bench.puller.faults["fetch"] == 1
     assert bench.used == 0
