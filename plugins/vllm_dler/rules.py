@@ -52,7 +52,7 @@ class KappaRule:
 
 
 class BoostRule:
-    """Requests smaller than most go forward; the others keep the order of arrival among themselves.
+    """Requests smaller than most go forward; the others all but keep the order of arrival.
 
     ``boost = strength * T * min(2, -ln(1 - exp(-S / (2 * mean S))))``, ``max_boost_s`` at most, in the shape of
     gamma-boost (arXiv 2404.08826). ``T`` is the 95th percentile of latency of what ended last, so the scale is the

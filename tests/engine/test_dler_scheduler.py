@@ -216,7 +216,7 @@ def _class_name(llm: Any) -> str:
 
 def _remembered(llm: Any) -> int:
     policy = scheduler(llm).length_policy
-    return len(policy._states) + len(policy._groups) + len(policy.waits)
+    return len(policy._states) + len(policy.placement.groups) + len(policy.waits)
 
 
 def _free_blocks(llm: Any) -> int:

@@ -112,7 +112,7 @@ def test_every_request_is_served_once(work: Any, ahead: bool, suite: Any, policy
             engine.scheduler.length_policy.lengths.observe([f"class:{name}"], tokens)
     play(engine, work, consistent)
     policy_ = engine.scheduler.length_policy
-    assert (len(policy_._states), len(policy_.waits), len(policy_._groups)) == (0, 0, 0)
+    assert (len(policy_._states), len(policy_.waits), len(policy_.placement.groups)) == (0, 0, 0)
     rows = policy_.report()["counters"].get("evictions", [])
     assert "unforeseen" not in {labels[0] for labels, _ in rows}
     assert policy_.headroom == 0
