@@ -19,7 +19,7 @@ from vllm_suite.planner.models import Parallel, described, load
 from vllm_suite.planner.sources.base import Outside, SourceError
 from vllm_suite.planner.sources.efficiency import Efficiency
 from vllm_suite.planner.sources.grid import Grid
-from vllm_suite.planner.sources.roofline import UNCALIBRATED, RooflineSource
+from vllm_suite.planner.sources.roofline import FITTED, UNCALIBRATED, RooflineSource
 from vllm_suite.planner.sources.steps import Steps, pairs
 from vllm_suite.planner.sources.tables import TableSource
 
@@ -340,18 +340,37 @@ def test_one_step_arrays_and_lines_agree(name: str, tp: int) -> None:
             assert line.seconds + line.slope * index == pytest.approx(step, rel=1e-9), (contexts, index)
 
 
+def steps_of_all_kinds(count: int, seed: int) -> list[Steps]:
+    """Decode alone, prompts alone and both in turn, over the range of the tables."""
+    draw, found = random.Random(seed), []
+    for index in range(count):
+        contexts = [int(2 ** draw.uniform(5, 12.5))] * int(2 ** draw.uniform(0, 7))
+        chunk = (int(2 ** draw.uniform(4, 11)), draw.choice([0, 0, int(2 ** draw.uniform(6, 12))]))
+        beside = (min(chunk[0], 2048 - len(contexts)), chunk[1])
+        found.append((Steps.of(contexts=contexts), Steps.of([chunk]), Steps.of([beside], contexts))[index % 3])
+    return found
+
+
 @needs_data
-def test_the_roofline_is_near_the_tables() -> None:
-    """Default constants, each step within what `UNCALIBRATED` allows."""
-    cases = [
-        Steps.of(contexts=[context] * count) for count, context in ((1, 1024), (32, 1024), (128, 1024), (64, 8192))
-    ]
-    cases += [Steps.of([(tokens, before)]) for tokens, before in ((2048, 0), (512, 0), (128, 4096))]
-    cases += [Steps.of([(512, 0)], [1024] * 64), Steps.of([(1900, 0)], [1500] * 120), Steps.of([(64, 0)], [1024] * 16)]
-    for name in MODELS:
-        loaded, device = load(name), cluster("RTX-PRO-6000")
-        bare = Efficiency.of(device.device, step_us=0, sequence_us=0)
-        source = RooflineSource(loaded.model, loaded.stored, Parallel(), device, efficiency=bare, max_tokens=2048)
-        errors = np.array([source.step_seconds(each) / source_of(name, 1).step_seconds(each) - 1 for each in cases])
-        assert np.abs(errors).max() < UNCALIBRATED.relative, errors
-        assert np.abs(errors).mean() < 0.1, errors
+@pytest.mark.parametrize(("name", "tp", "plain", "fitted"), [(MODELS[0], 1, 0.07, 0.04), (MODELS[1], 1, 0.1, 0.06)])
+def test_the_roofline_is_near_the_tables(name: str, tp: int, plain: float, fitted: float) -> None:
+    """With default constants, and with the device's, which were fitted to the first model and to nothing of the second.
+
+    Mean error of a step's kernels, and nine of ten steps within what the source reports.
+    """
+    loaded, found, cases = load(name), cluster("RTX-PRO-6000"), steps_of_all_kinds(150, seed=7)
+    columns = Steps(*(np.array(column) for column in zip(*cases, strict=True)))
+    measured = source_of(name, tp).seconds(columns)
+    bare = {"step_us": 0, "sequence_us": 0}
+    for efficiency, mean, claimed in (
+        (Efficiency(**bare), plain, UNCALIBRATED),
+        (Efficiency.of(found.device, **bare), fitted, FITTED),
+    ):
+        source = RooflineSource(
+            loaded.model, loaded.stored, Parallel(), found, efficiency=efficiency, max_tokens=2048, max_sequences=256
+        )
+        errors = np.abs(source.seconds(columns) / measured - 1)
+        assert errors.mean() < mean, errors.mean()
+        # Two thirds are what is claimed.
+        assert np.percentile(errors, 67) < claimed.relative
+    assert source.uncertainty is FITTED

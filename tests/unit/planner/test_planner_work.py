@@ -86,6 +86,15 @@ def test_latent_attention() -> None:
     assert more == pytest.approx(61 * 50_000 * (read + unpack), rel=1e-3)
 
 
+def test_query_heads_that_are_not_packed_beside_prompts() -> None:
+    """Qwen3-32B has eight query heads for each KV head."""
+    packed, anew = (source("Qwen/Qwen3-32B", "H100-SXM", Parallel(), reread=share) for share in (0.0, 0.5))
+    key = packed.decode_line(4, 4000.0).slope / 4
+    assert anew.decode_line(4, 4000.0).slope / 4 == key
+    beside = [each.step_seconds(Steps.of([(16, 0)], [1000] * 4)) for each in (packed, anew)]
+    assert beside[1] - beside[0] == pytest.approx(4000 * key * 7 * 0.5)
+
+
 def test_an_encoder_is_cut_or_dealt_out() -> None:
     cut, dealt = (
         source("Qwen/Qwen2.5-VL-7B-Instruct", "4xH100-SXM", Parallel(tp=4, encoder_data=data)) for data in (False, True)

@@ -72,7 +72,8 @@ class Device(_Strict):
         default=None, description="of one accelerator, in any one currency; no default, prices differ too much"
     )
     efficiency: dict[str, float] = Field(
-        default_factory=dict, description="constants of the roofline that were calibrated for this device"
+        default_factory=dict,
+        description="constants of the roofline for this device; with `matmul` among them it counts as fitted",
     )
 
     @field_validator("tflops")

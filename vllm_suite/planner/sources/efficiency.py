@@ -30,6 +30,10 @@ class Efficiency(BaseModel):
     memory: Share = Field(default=0.9, description="share of the bandwidth that weights are read at")
     prefill_attention: Share = Field(default=0.45, description="share of the peak that attention over a prompt reaches")
     decode_attention: Share = Field(default=0.8, description="share of the bandwidth that a cache is read at")
+    reread: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="in steps with prompts: share of a KV head's further query heads that read its cache anew",
+    )
     kernel_us: Micros = Field(default=2.5, description="shortest kernel, and what each adds to its roof")
     step_us: Micros = Field(default=500.0, description="between two steps: scheduler, input tensors, host")
     sequence_us: Micros = Field(default=2.0, description="of that, for each sequence")

@@ -17,7 +17,8 @@ from vllm_suite.planner.sources.efficiency import Efficiency
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 from vllm_suite.planner.sources.work import AttentionCost, Work
 
-UNCALIBRATED = Uncertainty(0.25, "roofline with default constants; see docs/planner.md for what it was compared with")
+UNCALIBRATED = Uncertainty(0.25, "roofline with default constants")
+FITTED = Uncertainty(0.1, "roofline with constants fitted to this device, for another model or another step")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class RooflineSource(LatencySource):
         max_tokens: int = 16_384,
         max_sequences: int = 2048,
         outside: Outside | None = None,
-        uncertainty: Uncertainty = UNCALIBRATED,
+        uncertainty: Uncertainty | None = None,
     ) -> None:
         check(model, parallel)
         if parallel.gpus > cluster.gpus:
             raise SourceError(f"the plan needs {parallel.gpus} accelerators, there are {cluster.gpus}")
         self.name = f"roofline {model.name} on {cluster.device.name}"
-        self.stages, self.uncertainty, self.outside = parallel.pp, uncertainty, outside or Outside()
+        self.stages, self.outside = parallel.pp, outside or Outside()
+        self.uncertainty = uncertainty or (FITTED if "matmul" in cluster.device.efficiency else UNCALIBRATED)
         self.model, self.parallel, self.cluster, self.quant = model, parallel, cluster, quant
         self.efficiency = efficiency or Efficiency.of(cluster.device)
         self.max_tokens, self.max_sequences = max_tokens, max_sequences
@@ -178,7 +180,8 @@ def _one(cost: AttentionCost, steps: Steps) -> float:
             seconds += max(cost.per_pair * pairs, cost.per_cached * before)
     if steps.decode_sequences:
         keys = steps.decode_context
-        seconds += cost.per_key * (keys if cost.window is None else min(keys, cost.window * steps.decode_sequences))
+        each = cost.per_key_beside if steps.prefill_tokens else cost.per_key
+        seconds += each * (keys if cost.window is None else min(keys, cost.window * steps.decode_sequences))
     return seconds
 
 
@@ -195,7 +198,8 @@ def _many(cost: AttentionCost, rows: Steps) -> FloatArray:
             cost.per_pair * limited(rows.prefill_pairs, rows.prefill_tokens),
             cost.per_cached * limited(rows.prefill_context, rows.prefill_chunks),
         )
-    found: FloatArray = prompts + cost.per_key * limited(rows.decode_context, rows.decode_sequences)
+    each = np.where(rows.prefill_tokens > 0, cost.per_key_beside, cost.per_key)
+    found: FloatArray = prompts + each * limited(rows.decode_context, rows.decode_sequences)
     return found
 
 
@@ -209,6 +213,7 @@ def _merged(per_stage: list[_Stage]) -> tuple[AttentionCost, ...]:
                 old.per_pair + each.per_pair,
                 old.per_cached + each.per_cached,
                 old.per_key + each.per_key,
+                old.per_key_beside + each.per_key_beside,
                 each.window,
                 each.sampled,
             )

@@ -23,6 +23,7 @@ class AttentionCost:
         per_pair: of a query-key pair of a prompt.
         per_cached: of a token before a prompt chunk: reading its cache, and for MLA unpacking it.
         per_key: of a key that a decoded token attends to.
+        per_key_beside: the same in a step that has prompts too.
         window: longest distance that is attended to.
         sampled: prompts attend with their last token only.
     """
@@ -30,6 +31,7 @@ class AttentionCost:
     per_pair: float
     per_cached: float
     per_key: float
+    per_key_beside: float
     window: int | None
     sampled: bool
 
@@ -159,14 +161,18 @@ class Work:
 
     def attention(self, layers: tuple[Layer, ...]) -> tuple[AttentionCost, ...]:
         """Costs of the scores of these layers, one for each window and kind of rows."""
-        found: dict[tuple[int | None, bool], tuple[float, float, float]] = {}
+        found: dict[tuple[int | None, bool], tuple[float, float, float, float]] = {}
         for layer, count in counted(layers):
             if layer.attention is None or not layer.attention.heads:
                 continue
             pair, cached, key = self._scores(layer.attention)
+            # Kernels that take prompts and decoded tokens together may not pack the query heads of a KV head.
+            further = 0 if layer.attention.latent else layer.attention.heads / layer.attention.kv_heads - 1
+            beside = key * (1 + further * self.efficiency.reread)
             kind = (layer.attention.window, layer.late)
-            old = found.get(kind, (0.0, 0.0, 0.0))
-            found[kind] = (old[0] + count * pair, old[1] + count * cached, old[2] + count * key)
+            old = found.get(kind, (0.0, 0.0, 0.0, 0.0))
+            costs = (pair, cached, key, beside)
+            found[kind] = tuple(total + count * each for total, each in zip(old, costs, strict=True))  # type: ignore[assignment]
         return tuple(AttentionCost(*costs, *kind) for kind, costs in found.items())
 
     def _scores(self, attention: Attention) -> tuple[float, float, float]:
