@@ -138,6 +138,23 @@ def test_every_eviction_of_a_full_cache_is_foreseen(suite: Any, ahead: bool, pol
     assert evicted["kv_full"] >= 3
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_victim_is_ours_whatever_vllms_policy(policy: str) -> None:
+    """vLLM would send back the second one, which came later; it is nearly done."""
+    engine = Engine(PLAIN | {"victims": {}}, policy=policy, blocks=17)
+    ours = engine.scheduler.length_policy
+    for name, tokens in (("long", 80), ("short", 40)):
+        for _ in range(200):
+            ours.lengths.observe([f"class:{name}"], tokens)
+    gone = []
+    evicted = ours.evicted
+    ours.evicted = lambda request, reason: (gone.append(request.request_id), evicted(request, reason))
+    engine.add("first", 100, 80, "long")
+    engine.add("second", 100, 40, "short")
+    engine.drain()
+    assert gone == ["first"]
+
+
 def test_headroom_spares_evictions() -> None:
     counts = []
     for tokens in (0, 64):
