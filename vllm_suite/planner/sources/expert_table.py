@@ -72,22 +72,24 @@ class ExpertTable:
         return float(np.interp(reached, sizes, times))
 
     def seconds(self, layer: Layer, parallel: Parallel, most: int, imbalance: float) -> FloatArray:
-        """Seconds by the tokens of one data-parallel rank, 0 to `most`, every other rank having as many."""
+        """Seconds by the tokens of one data-parallel rank, 0 to `most`, every other rank having as many.
+
+        Where only the imbalance takes the busiest rank beyond the measured tokens, its time grows in proportion.
+        """
         experts = _experts(layer)
         ranks = parallel.expert_ranks if parallel.ep else 1
         found = np.zeros(most + 1)
         for tokens in range(1, most + 1):
             everyone = tokens * parallel.dp
             reached = experts.experts / ranks * (1.0 - (1.0 - experts.used / experts.experts) ** everyone)
-            here = everyone if self.spread == ranks else everyone / ranks
-            found[tokens] = self.at(here * (imbalance if ranks > 1 else 1.0), max(1.0, reached))
+            here = (everyone if self.spread == ranks else everyone / ranks) * (imbalance if ranks > 1 else 1.0)
+            found[tokens] = self.at(here, max(1.0, reached)) * max(1.0, here / self.most)
         return found
 
-    def limit(self, parallel: Parallel, imbalance: float) -> int:
+    def limit(self, parallel: Parallel) -> int:
         """Tokens of one data-parallel rank up to which the table answers."""
         ranks = parallel.expert_ranks if parallel.ep else 1
-        here = parallel.dp * (imbalance if ranks > 1 else 1.0) / (1 if self.spread == ranks else ranks)
-        return int(self.most / here)
+        return int(self.most * (1 if self.spread == ranks else ranks) / parallel.dp)
 
 
 def _experts(layer: Layer) -> Linear:

@@ -97,7 +97,7 @@ class TableSource(LatencySource):
         self._tokens = _dense_sum(dense, counts)
         if sparse:
             experts = ExpertTable.read(folder / "tp1" / "moe.csv", parallel.expert_ranks if parallel.ep else 1)
-            self._tokens = self._tokens[: experts.limit(parallel, imbalance) + 1]
+            self._tokens = self._tokens[: experts.limit(parallel) + 1]
             self._tokens += len(sparse) * experts.seconds(sparse[0], parallel, len(self._tokens) - 1, imbalance)
         self._sampled = _dense_sum(heads, dict.fromkeys(_PER_SEQUENCE, 1))
         self.max_tokens, self.max_sequences = len(self._tokens) - 1, len(self._sampled) - 1
