@@ -25,8 +25,6 @@ _CENSORED = frozenset({"length", "abort", "repetition"})
 _FINISH = b'"finish_reason":'
 _USAGE = b'"completion_tokens":'
 _EVENT_END = b"\n\n"
-# The end of an unstreamed answer in which its finish reason and usage are looked for.
-_TAIL_BYTES = 16_384
 # Of a stream's beginning and end, for the size of its events.
 _SAMPLE_BYTES = 4096
 
@@ -105,7 +103,7 @@ def measure(answer: Opened) -> tuple[int, str]:
     Exact where the end of the answer reports usage. A stream without it has about one token an event; its events
     are not counted one by one, but their number follows from its bytes and the size of the events at both ends.
     """
-    tail = answer.first[-_TAIL_BYTES:] if answer.whole else answer.tail
+    tail = answer.first if answer.whole else answer.tail
     reason = _word(tail, _FINISH) if answer.ended else ""
     usage = _word(tail, _USAGE)
     if usage.isdigit():

@@ -214,6 +214,15 @@ def test_usage_at_the_end_of_a_stream_is_exact():
     assert measure(opened(events)) == (100, "stop")
 
 
+def test_the_usage_of_a_whole_answer_may_lie_far_from_its_end():
+    usage = {"prompt_tokens": 9000, "completion_tokens": 321}
+    choice = {"index": 0, "text": '"finish_reason":"length","completion_tokens":7', "finish_reason": "stop"}
+    document = {"choices": [choice], "usage": usage, "prompt_token_ids": list(range(9000))}
+    answer = Opened(SimpleNamespace(status=200), json.dumps(document).encode(), True)
+    answer.ended = True
+    assert measure(answer) == (321, "stop")
+
+
 def test_a_stream_that_was_cut_off_has_no_reason():
     events = stream(100, random.Random(1))
     tokens, reason = measure(opened(events[:60], ended=False))
