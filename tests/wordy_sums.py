@@ -28,23 +28,26 @@ VOCABULARY = [*_WORDS, *dict.fromkeys(word for filler in FILLERS for word in fil
 PAD_ID, EOS_ID = 0, 1
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
-    "hidden_size": 96,
-    "intermediate_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "head_dim": 24,
+    "head_dim": 16,
     "initializer_range": 0.05,
 }
-MAX_TOKENS = 32  # truncation length; an answer without a filler has 23 tokens
+MAX_TOKENS = 26  # truncation length; an answer without a filler has 17 tokens, with one 25 or 26
 Question = tuple[str, str, str]  # prompt, wordy answer, result
 
 
-def questions(number: int, *, terms: int = 4, fillers: float = 1.5, seed: int = 0) -> list[Question]:
-    """Different questions, each with a wordy answer: ``fillers`` sentences after each sum on average."""
+def questions(number: int, *, terms: int = 3, largest: int = 4, fillers: float = 1.5, seed: int = 0) -> list[Question]:
+    """Different questions, each with a wordy answer: ``fillers`` sentences after each sum on average.
+
+    Any digit comes first, ``largest`` is the largest of those that are added to it.
+    """
     random_ = random.Random(seed)
     made: dict[str, Question] = {}
     while len(made) < number:
-        digits = [random_.randrange(10) for _ in range(terms)]
+        digits = [random_.randrange(10), *(random_.randint(0, largest) for _ in range(terms - 1))]
         prompt = " + ".join(map(str, digits)) + " ?"
         if prompt not in made:
             made[prompt] = (prompt, wordy(digits, fillers, random_), str(sum(digits) % 10))
@@ -75,7 +78,7 @@ def make_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")  # noqa: S106
 
 
-def train_wordy(path: Path, rows: Sequence[Question], *, steps: int, batch: int = 64, seed: int = 0) -> float:
+def train_wordy(path: Path, rows: Sequence[Question], *, steps: int, batch: int = 32, seed: int = 0) -> float:
     """Supervised steps on the wordy answers; writes model and tokenizer into ``path``. Returns the last loss."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(path)
@@ -107,10 +110,24 @@ def train_wordy(path: Path, rows: Sequence[Question], *, steps: int, batch: int 
     return float(loss.detach())
 
 
-def prepare(folder: Path, *, steps: int, rows: int = 6000, held: int = 500) -> dict[str, Any]:
-    """The wordy model and its data in ``folder``, for `dler_settings`. Returns what it learned from."""
+def reworded(rows: Sequence[Question], times: int, fillers: float = 1.5) -> list[Question]:
+    """Each question ``times`` times, with other filler sentences every time."""
+    out = []
+    for turn in range(times):
+        random_ = random.Random(turn)
+        for prompt, _, result in rows:
+            digits = [int(word) for word in prompt.split() if word.isdigit()]
+            out.append((prompt, wordy(digits, fillers, random_), result))
+    return out
+
+
+def prepare(folder: Path, *, steps: int, rows: int = 250, held: int = 50) -> dict[str, Any]:
+    """The wordy model and its data in ``folder``, for `dler_settings`. Returns what it learned from.
+
+    There are 250 questions of three digits; ``held`` of them are never learned from.
+    """
     made = questions(rows)
-    loss = train_wordy(folder / "wordy", made[held:], steps=steps)
+    loss = train_wordy(folder / "wordy", reworded(made[held:], 16), steps=steps)
     write_data(folder / "train.jsonl", made[held:])
     write_data(folder / "held.jsonl", made[:held])
     return {"steps": steps, "loss": loss, "questions": rows - held, "held_out": held}
@@ -124,16 +141,17 @@ def dler_settings(folder: Path) -> dict[str, Any]:
         "eval_data": [str(folder / "held.jsonl")],
         "chat": False,
         "max_tokens": MAX_TOKENS,
-        "prompts_per_step": 32,
-        "prompts_per_update": 16,
-        "prompts_per_round": 32,
+        "prompts_per_step": 16,
+        "prompts_per_update": 8,
+        "prompts_per_round": 16,
         "group_size": 8,
         "micro_batch": 64,
-        "steps": 40,
-        "lr": 3e-4,
-        "save_every": 20,
-        "eval_every": 5,
-        "eval_rows": 500,
+        "steps": 30,
+        "lr": 4e-4,
+        "save_every": 15,
+        "eval_every": 3,
+        "eval_rows": 50,
+        "eval_samples": 10,
         "eval_max_tokens": 5 * MAX_TOKENS,
         "eval_temperature": 1.0,
         "eval_top_p": 1.0,

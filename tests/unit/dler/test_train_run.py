@@ -98,6 +98,13 @@ def test_the_report(found: dict[str, Any]) -> None:
     assert report["rows"] == {"trained_on": 34, "too_long": 0}
 
 
+def test_a_few_steps_shorten_answers(found: dict[str, Any]) -> None:
+    before, after = found["shortened"]["before"], found["shortened"]["after"]
+    assert before["accuracy"] > 0.25, "the wordy model has not learned its task"
+    assert after["length"] <= 0.6 * before["length"]
+    assert after["accuracy"] >= before["accuracy"] - 0.1
+
+
 @pytest.mark.parametrize(
     ("what", "told"),
     [

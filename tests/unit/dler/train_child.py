@@ -70,7 +70,25 @@ def main(folder: Path) -> dict[str, Any]:
         "resumed": _resumed(configured, train),
         "arithmetic": _arithmetic(configured),
         "refused": _refused(configured, train, folder),
+        "shortened": _shortened(configured, train, folder),
     }
+
+
+def _shortened(configured: Callable[..., Any], train: Callable[..., Any], folder: Path) -> dict[str, Any]:
+    """A few steps on twenty questions that one layer can learn: what `test_train_shortens.py` has in earnest."""
+    import wordy_sums
+
+    wordy_sums.SHAPE |= {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 96}
+    rows = wordy_sums.questions(20, terms=2, largest=1, fillers=2.0)
+    (folder / "short").mkdir()
+    wordy_sums.train_wordy(folder / "short" / "wordy", wordy_sums.reworded(rows, 40, 2.0), steps=120)
+    data = wordy_sums.write_data(folder / "short" / "rows.jsonl", rows)
+    sizes = {"max_tokens": 12, "prompts_per_step": 16, "prompts_per_update": 8, "prompts_per_round": 16, "steps": 8}
+    sizes |= {"group_size": 8, "micro_batch": 64, "eval_rows": 20, "eval_samples": 10, "eval_max_tokens": 80}
+    recipe = {"judge": "boxed", "think_end": "</think>", "partial_credit": 0.0, "kl": 5e-4, "lr": 1e-3}
+    measuring = {"eval_data": [data], "eval_temperature": 1.0, "eval_top_p": 1.0, "eval_batch": 200}
+    model = {"model": str(folder / "short" / "wordy"), "data": [data], "save_every": 100}
+    return train(configured("shortened", **model, **sizes, **recipe, **measuring))
 
 
 def _resumed(configured: Callable[..., Any], train: Callable[..., Any]) -> dict[str, Any]:
