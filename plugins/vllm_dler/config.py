@@ -56,7 +56,7 @@ class AdaptiveSettings(Section):
 class BoostSettings(Section):
     """Rule ``boost``: requests smaller than most go forward."""
 
-    strength: float = Field(default=0.75, ge=0, description="Scale of the boost, in latencies of the slowest requests.")
+    strength: float = Field(default=0.8, ge=0, description="Scale of the boost, in latencies of the slowest requests.")
     max_boost_s: float = Field(default=300.0, gt=0, description="Seconds that no request goes forward by more than.")
 
 
@@ -120,6 +120,11 @@ class SchedulerSettings(Section):
         default=64,
         ge=0,
         description="Tokens of KV cache, at most, left free for each running request to grow into at an admission.",
+    )
+    headroom_share: float = Field(
+        default=0.1,
+        ge=0,
+        description="Share of a running request's expected output that is left free so; 16 tokens if unknown.",
     )
     relearn_every: int = Field(default=32, ge=1, description="Finished requests until waiting ones are looked at anew.")
     relearn_s: float = Field(default=1.0, gt=0, description="Or so many seconds, where any has finished.")

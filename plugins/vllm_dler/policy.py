@@ -29,6 +29,8 @@ Clock = Callable[[], float]
 
 # Ends that tell how long requests take here.
 _LASTED: tuple[End, ...] = ("stop", "length", "repetition")
+# Tokens of headroom for a running request of which nothing is known.
+_UNKNOWN_ROOM = 16
 # The gate looks at so many waiting requests; no step begins more.
 _AT_ONCE = 16
 
@@ -39,8 +41,7 @@ class LengthPolicy:
     Attributes:
         reorders: False where vLLM's own queues and victims are to stay.
         sorts_running, gates: whether `sort_running` and `places` are wanted.
-        headroom: tokens that an admission leaves free for those that run: what each is expected to generate,
-            `headroom_tokens` at most.
+        headroom: tokens that an admission leaves free for those that run.
         placement: who gives requests their keys.
         lengths: what is known of output lengths.
         stats, waits: what is counted.
@@ -160,9 +161,7 @@ class LengthPolicy:
                 state.admitted = self.now
                 self.waits.admitted(state, self.now)
             if self._room and not state.room:
-                rest = self.placement.expected(state)
-                left = state.cap - state.request.num_output_tokens if rest is None else math.ceil(rest)
-                state.room = max(min(self._room, left), 1)
+                state.room = self._room_for(state)
                 self.headroom += state.room
 
     def evicted(self, request: Any, reason: Eviction) -> None:
@@ -209,6 +208,14 @@ class LengthPolicy:
         state.predicted = self.placement.place(state)
         self.waits.arrived(state)
         self.placement.rule.arrived(state.size)
+
+    def _room_for(self, state: Tracked) -> int:
+        rest = self.placement.expected(state)
+        if rest is None:
+            room = min(_UNKNOWN_ROOM, state.cap - int(state.request.num_output_tokens))
+        else:
+            room = math.ceil(self.settings.headroom_share * rest)
+        return max(min(self._room, room), 1)
 
     def _stop_running(self, state: Tracked) -> None:
         self.headroom -= state.room

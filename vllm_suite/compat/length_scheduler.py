@@ -132,7 +132,8 @@ class LengthAwareScheduler(Scheduler):
 
     def _gated(self, policy: LengthPolicy) -> int:
         """How many requests may run. Those that hold their KV already may always: it is there."""
-        capacity = (self.kv_cache_manager.block_pool.num_gpu_blocks - 1) * self.block_size
+        blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        capacity = blocks // max(self._kv_groups, 1) * self._smallest_block
         begin = policy.places(self.running, self.waiting, capacity)
         return len(self.running) + self.num_waiting_for_streaming_input + len(self.kv_holding_waiting) + begin
 

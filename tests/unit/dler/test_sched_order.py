@@ -317,7 +317,7 @@ def test_no_boost_until_enough_is_known() -> None:
     rule.arrived(0.0)  # not known, so no part of the mean
     assert rule.offset(1.0) == 0
     rule.finished(40.0)
-    assert rule.offset(1.0) == -60
+    assert rule.offset(1.0) == -64
 
 
 @given(
@@ -355,7 +355,7 @@ def test_the_policy_learns_the_scales() -> None:
         ask.num_output_tokens = 5
         one.begin_step()
         one.finished(ask, ("stop", "length", "repetition")[n % 3])  # type: ignore[arg-type]
-    assert one.report()["gauges"]["boost_seconds"] == [[[], 15.0]]
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 16.0]]
     long, short = of("long", clock.now - 5), of("short", clock.now)
     states = [one.arrived(ask, 0) for ask in (long, short)]
     assert states[1].deadline < states[0].deadline <= long.arrival_time
@@ -363,4 +363,4 @@ def test_the_policy_learns_the_scales() -> None:
     for ask in aborted:
         one.arrived(ask, 0)
         one.finished(ask, "abort")
-    assert one.report()["gauges"]["boost_seconds"] == [[[], 15.0]]
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 16.0]]

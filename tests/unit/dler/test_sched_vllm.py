@@ -158,7 +158,7 @@ def test_the_victim_is_ours_whatever_vllms_policy(policy: str) -> None:
 def test_headroom_spares_evictions() -> None:
     counts = []
     for tokens in (0, 64):
-        engine = Engine(PLAIN | {"headroom_tokens": tokens})
+        engine = Engine(PLAIN | {"headroom_tokens": tokens, "headroom_share": 1.0})
         for n in range(16):
             engine.add(f"r{n}", 90 + 5 * n, 60 + 17 * n % 90)
         engine.drain()
