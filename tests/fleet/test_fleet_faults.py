@@ -14,25 +14,45 @@ from harness import CONTROL_KEY, KEY, Fleet, prompt, request
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
+async def epochs(fleet: Fleet) -> dict[str, str]:
+    """What the router knows: the epoch of each instance by its id."""
+    members = (await fleet.get("router", "/suite/v1/instances", CONTROL_KEY)).json["instances"]
+    return {m["instance_id"]: m["epoch"] for m in members}
+
+
+async def forgotten(fleet: Fleet, name: str) -> None:
+    """A vanished instance is forgotten within 2 s."""
+    begun = time.monotonic()
+    while any(name in known for known in await epochs(fleet)):
+        assert time.monotonic() - begun < 2.5
+        await asyncio.sleep(0.1)
+
+
 async def test_prefill_killed_between_its_answer_and_the_pull(fleet: Fleet) -> None:
+    before = await epochs(fleet)
     text = prompt(400, 70)
     alone = await fleet.post(request(text), "decode")
     assert (await fleet.post(request(text))).tokens == alone.tokens  # the two have shaken hands
     kv = (await fleet.post(request(text, 1, kv_transfer_params=PREFILL), "prefill")).json["kv_transfer_params"]
     epoch = await fleet.epoch("prefill")
     fleet.signal("prefill", signal.SIGKILL)
+    watching = asyncio.create_task(forgotten(fleet, "prefill"))
     begun = time.monotonic()
     answer = await fleet.post(request(text, kv_transfer_params=kv), "decode")
     assert answer.tokens == alone.tokens
     assert time.monotonic() - begun < 5
     # The router goes on with what is left.
     assert (await fleet.post(request(text))).tokens == alone.tokens
+    await watching
     await fleet.ready("prefill", epoch)
+    after = await epochs(fleet)
+    assert set(after) == set(before)
+    assert [name for name in after if after[name] != before[name]] == [name for name in after if "prefill" in name]
     # A new life on the same ports: the old reference is worthless, new ones are good.
     assert (await fleet.post(request(text, kv_transfer_params=kv), "decode")).tokens == alone.tokens
-    before = await fleet.metric("decode", "vllm_suite_kv_pulls_total", outcome="ok")
+    pulls = await fleet.metric("decode", "vllm_suite_kv_pulls_total", outcome="ok")
     assert (await fleet.post(request(text))).tokens == alone.tokens
-    assert await fleet.metric("decode", "vllm_suite_kv_pulls_total", outcome="ok") == before + 1
+    assert await fleet.metric("decode", "vllm_suite_kv_pulls_total", outcome="ok") == pulls + 1
 
 
 async def test_a_frozen_prefill_is_worked_around(fleet: Fleet) -> None:
@@ -127,25 +147,6 @@ async def test_200_mixed_requests_while_an_instance_dies_and_returns(fleet: Flee
 def streamed_tokens(text: str) -> list[int]:
     events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     return [t for event in events if event != "[DONE]" for c in json.loads(event)["choices"] for t in c["token_ids"]]
-
-
-async def test_a_restarted_instance_is_known_by_its_new_epoch(fleet: Fleet) -> None:
-    async def epochs() -> dict[str, str]:
-        members = (await fleet.get("router", "/suite/v1/instances", CONTROL_KEY)).json["instances"]
-        return {m["instance_id"]: m["epoch"] for m in members}
-
-    before = await epochs()
-    epoch = await fleet.epoch("prefill")
-    fleet.signal("prefill", signal.SIGKILL)
-    begun = time.monotonic()
-    while any("prefill" in name for name in await epochs()):
-        assert time.monotonic() - begun < 2.5, "a vanished instance is forgotten within 2 s"
-        await asyncio.sleep(0.1)
-    await fleet.ready("prefill", epoch)
-    after = await epochs()
-    assert set(after) == set(before)
-    changed = {name for name in after if after[name] != before[name]}
-    assert len(changed) == 1
 
 
 async def test_an_idle_fleet_is_quiet(fleet: Fleet) -> None:
