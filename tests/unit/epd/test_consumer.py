@@ -83,8 +83,10 @@ def test_a_request_runs_up_to_the_item_that_is_under_way() -> None:
         assert len(bench.fetches()) == 1
 
 
-def test_what_is_under_way_is_not_allocated_and_what_is_there_is_loaded() -> None:
-    bench, request = Bench(), asking(item("i", 10, False))
+@pytest.mark.parametrize("pixels", [False, True])
+def test_what_is_under_way_is_not_allocated_and_what_is_there_is_loaded(pixels: bool) -> None:
+    """Nor encoded here meanwhile, where the request has the pixels."""
+    bench, request = Bench(), asking(item("i", 10, pixels))
     assert bench.consumer.admit(request, 0)
     assert not bench.consumer.may_allocate(request, 0)
     bench.arrive()
