@@ -199,6 +199,12 @@ SCHED: tuple[SeriesSpec, ...] = (
     ),
     SeriesSpec("vllm_suite_sched_gate_closed_steps_total", "counter", "Steps in which the gate kept a request out."),
     SeriesSpec(
+        "vllm_suite_sched_state_total",
+        "counter",
+        "Readings and writings of the state file (load, save) by outcome: ok, missing, failed.",
+        ("what", "outcome"),
+    ),
+    SeriesSpec(
         "vllm_suite_sched_refused_arguments_total", "counter", "vllm_xargs whose values make no sense.", ("name",)
     ),
     SeriesSpec(

@@ -137,6 +137,11 @@ class SchedulerSettings(Section):
         default={},
         description="Output tokens by `dler_class`, '*' for all others: longer answers end with reason `length`.",
     )
+    state_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What was learned is kept here over restarts; `.N` is added for engine N of several.",
+    )
     lengths: LengthSettings = LengthSettings()
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from vllm_dler.order import Arrivals, Tracked
 from vllm_dler.placement import Placement, prefilled_elsewhere
 from vllm_dler.queue import LengthQueue
 from vllm_dler.rules import KappaRule
+from vllm_dler.state import StateFile
 from vllm_dler.stats import Stats
 from vllm_dler.victims import Victims
 from vllm_dler.waits import Waits
@@ -55,6 +56,7 @@ class LengthPolicy:
         max_model_len: int,
         clock: Clock = time.time,
         lengths: OnlineLengths | None = None,
+        state_file: str | None = None,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -67,6 +69,7 @@ class LengthPolicy:
         self.stats = Stats(settings.classes.max_labels)
         self.waits = Waits(settings.adaptive.window)
         self.lengths = OnlineLengths(settings.lengths) if lengths is None else lengths
+        self._file = StateFile(self.lengths, state_file, lambda *what: self.stats.count("state", *what), self.now)
         self.placement = Placement(settings, self.lengths, lambda: self.stats.count("boosts"), self.now)
         self._controller = Controller(settings.adaptive, self.now)
         self._by_priority = by_priority
@@ -136,6 +139,7 @@ class LengthPolicy:
         if self.settings.adaptive.enabled:
             self._adapt()
         self.placement.begin_step(self.now)
+        self._file.begin_step(self.now)
 
     def sort_running(self, running: list[Any]) -> None:
         """Put the victims of this step at the end, in place."""
@@ -204,6 +208,10 @@ class LengthPolicy:
         scale = ("kappa", rule.kappa) if isinstance(rule, KappaRule) else ("boost_seconds", rule.scale)
         return dict(self.stats.report(waiting, self.waits, scale, self.clock()))
 
+    def close(self) -> None:
+        """The engine ends."""
+        self._file.close()
+
     def _begin_waiting(self, state: Tracked) -> None:
         state.predicted = self.placement.place(state)
         self.waits.arrived(state)
@@ -257,9 +265,14 @@ def make_policy(vllm_config: Any, *, clock: Clock = time.time) -> LengthPolicy:
     Raises:
         SelectionError: the settings are wrong.
     """
+    settings, parallel = SchedulerSettings.of(vllm_config), vllm_config.parallel_config
+    path = settings.state_file
+    if path is not None and parallel.data_parallel_size > 1:
+        path = f"{path}.{parallel.data_parallel_index}"
     return LengthPolicy(
-        SchedulerSettings.of(vllm_config),
+        settings,
         by_priority=vllm_config.scheduler_config.policy == "priority",
         max_model_len=vllm_config.model_config.max_model_len,
         clock=clock,
+        state_file=path,
     )

@@ -48,6 +48,7 @@ _SCHEDULER_ROWS = (
     _extended("update_from_output", "scheduler_output", "model_runner_output"),
     _extended("_preempt_request", "request", more=True),
     _extended("_free_request", "request", more=True),
+    _extended("shutdown"),
     Contract(f"{_SCHEDULER}.finish_requests", "method", "ends a request", ("self", "request_ids", "finished_status")),
     _held("policy", "set to first come, first served"),
     _held("waiting", "replaced"),
@@ -126,6 +127,8 @@ _ENGINE_ROWS = (
     Contract("vllm.v1.engine.core:EngineCore.scheduler", "instance", "which scheduler"),
     Contract("vllm.config:SchedulerConfig.scheduler_cls", "attribute", "where the factory is named"),
     Contract("vllm.config:SchedulerConfig.policy", "attribute", "whether the user's priority counts"),
+    Contract("vllm.config.parallel:ParallelConfig.data_parallel_size", "attribute", "a file for each engine"),
+    Contract("vllm.config.parallel:ParallelConfig.data_parallel_index", "attribute", "a file for each engine"),
     Contract("vllm.config:VllmConfig.additional_config", "attribute", "settings"),
 )
 

@@ -61,6 +61,9 @@ class LengthPolicy(Protocol):
     def take_stops(self) -> list[str]:
         """Requests to end now, with what they have."""
 
+    def close(self) -> None:
+        """The engine ends."""
+
     def report(self) -> dict[str, Any]:
         """What was counted, as plain values: strings, numbers, lists and dictionaries with string keys."""
 

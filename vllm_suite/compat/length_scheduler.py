@@ -101,6 +101,10 @@ class LengthAwareScheduler(Scheduler):
             self._stopping[request.request_id] = answers
         return answers
 
+    def shutdown(self) -> None:
+        self.length_policy.close()
+        super().shutdown()
+
     def _cached_tokens(self, request: Any) -> int:
         """Prompt tokens that need not be computed here, as far as can be told before it is this request's turn."""
         params = request.kv_transfer_params

@@ -131,6 +131,7 @@ def test_every_eviction_of_a_full_cache_is_foreseen(suite: Any, ahead: bool, pol
         consistent(engine)
     engine.drain()
     assert set(engine.ends.values()) == {"stop"}
+    engine.scheduler.shutdown()
     evicted = dict(
         (labels[0], count) for labels, count in engine.scheduler.length_policy.report()["counters"]["evictions"]
     )
