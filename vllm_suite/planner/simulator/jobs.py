@@ -1,0 +1,125 @@
+"""A request on its way through the simulator, and the order in which an engine takes those that wait."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class SimulationError(ValueError):
+    """What is asked for cannot be simulated; the text says which request or setting and why."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request. Times are seconds of the virtual clock, lengths are tokens.
+
+    Attributes:
+        number: unique; breaks ties.
+        arrival: when it reaches the system.
+        prompt, output: lengths, at least 1.
+        cached: tokens at the start of the prompt whose keys and values need no computing at the first admission: found
+            in the prefix cache, or received from another instance. Below `prompt`. They take blocks as others do.
+        first_scheduled, first_token, last_token: nan until it happened.
+        longest_gap: longest time between two of its tokens; 0 for one token.
+        preemptions: how often it lost its cache and was computed again.
+
+    The rest is the engine's: `target` tokens to compute before the next one is sampled, `done` of them, `held` blocks
+    while it is in prefill; in decode the step `finish` after which it is complete (-1 otherwise), `base` (its context
+    minus the engine's step) and the step `joined` since which its gaps are the engine's steps. `order` counts
+    admissions, `generated` tokens up to the last admission or preemption.
+    """
+
+    number: int
+    arrival: float
+    prompt: int
+    output: int
+    cached: int = 0
+    first_scheduled: float = float("nan")
+    first_token: float = float("nan")
+    last_token: float = float("nan")
+    longest_gap: float = 0.0
+    preemptions: int = 0
+    generated: int = 0
+    target: int = 0
+    done: int = 0
+    held: int = 0
+    order: int = -1
+    finish: int = -1
+    base: int = 0
+    joined: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.output < 1 or not 0 <= self.cached < self.prompt:
+            raise SimulationError(
+                f"request {self.number}: prompt {self.prompt} and output {self.output} have to be at least 1 token,"
+                f" cached {self.cached} at least 0 and less than the prompt"
+            )
+
+    @property
+    def gaps(self) -> int:
+        """Gaps between tokens."""
+        return self.output - 1
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from arrival to the first token."""
+        return self.first_token - self.arrival
+
+    @property
+    def tpot(self) -> float:
+        """Mean gap between tokens in seconds; 0 for one token, as vLLM's benchmark has it."""
+        return (self.last_token - self.first_token) / (self.output - 1) if self.output > 1 else 0.0
+
+
+class WaitingQueue(Protocol):
+    """Which of the waiting jobs an engine admits next.
+
+    It is asked whenever the engine schedules a step that could admit one. While all running jobs decode and none
+    arrives or completes it is not asked, so an order that changes with time alone is seen at the next of these events.
+    """
+
+    def push(self, job: Job, now: float) -> None:
+        """A job arrived."""
+        ...
+
+    def push_back(self, job: Job, now: float) -> None:
+        """A running job was preempted; jobs that are preempted in one step come last of running first."""
+        ...
+
+    def peek(self, now: float) -> Job:
+        """The next job. Only called where there is one."""
+        ...
+
+    def pop(self, now: float) -> Job:
+        """Take what `peek` showed."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class FirstCome:
+    """First come, first served: vLLM's default. A preempted job goes to the front."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+
+    def push(self, job: Job, now: float) -> None:
+        """See `WaitingQueue`."""
+        self._jobs.append(job)
+
+    def push_back(self, job: Job, now: float) -> None:
+        """See `WaitingQueue`."""
+        self._jobs.appendleft(job)
+
+    def peek(self, now: float) -> Job:
+        """See `WaitingQueue`."""
+        return self._jobs[0]
+
+    def pop(self, now: float) -> Job:
+        """See `WaitingQueue`."""
+        return self._jobs.popleft()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
