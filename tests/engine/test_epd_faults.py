@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from epd_engine import Ask, EpdEngine, Spec, engines, until
+from epd_lies import WRONG_ANSWERS, WRONG_REFERENCES, Fault, changed
 from epd_stage import (
     SUITE,
     Stage,
@@ -37,8 +38,6 @@ from epd_stage import (
 
 from vllm_suite.fleet.pictures_parts import text_part
 from vllm_suite.fleet.tiny_media import write
-
-Fault = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +73,6 @@ def encoder(model: Path) -> Iterator[Callable[..., EpdEngine]]:
         engine.close()
 
 
-def changed(**fields: Any) -> Fault:
-    """The reference with some fields replaced."""
-
-    def fault(uuid: str, ec: dict[str, Any]) -> dict[str, Any]:
-        return {uuid: {"suite": ec[uuid]["suite"] | fields}}
-
-    return fault
-
-
 # --- references ---
 
 
@@ -95,33 +85,7 @@ def test_an_item_without_pixels_that_nobody_knows(stage: Stage) -> None:
     stage.healthy()
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (changed(version=2), "malformed"),
-        (changed(producer="somebody"), "foreign_producer"),
-        (changed(epoch="0" * 16), "stale_epoch"),
-        (changed(request_id="item-99999"), "tampered"),
-        (changed(request_id="x"), "tampered"),
-        (changed(content="0" * 32), "foreign_content"),
-        (changed(model="0" * 32), "foreign_model"),
-        (changed(layout="0" * 32), "foreign_layout"),
-        (changed(tokens=15), "truncated"),
-        (changed(tokens=17), "wrong_shape"),
-        (changed(location="0" * 32), "tampered"),
-        (changed(claim_host="127.0.0.2"), "tampered"),
-        (changed(claim_port=1), "tampered"),
-        (changed(claim_port="1"), "malformed"),
-        (changed(more=1), "malformed"),
-        (changed(producer="p" * 20_000), "malformed"),
-        (lambda uuid, ec: {uuid: {"suite": "none"}}, "malformed"),
-        (lambda uuid, ec: {uuid: 7}, "malformed"),
-        (lambda uuid, ec: {uuid: {"peer_host": "127.0.0.1", "peer_port": 1}}, "unfenced"),
-        (lambda uuid, ec: {uuid: {"suite_error": "non_finite"}}, "non_finite"),
-        (lambda uuid, ec: {uuid: {"suite_error": ["odd"]}}, "malformed"),
-        (lambda uuid, ec: {uuid: {"suite_pending": {"identifier": uuid}}}, "malformed"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "reason"), WRONG_REFERENCES)
 def test_a_reference_that_is_not_what_was_issued(stage: Stage, fault: Fault, reason: str) -> None:
     stage.refused(fault, reason)
 
@@ -169,20 +133,7 @@ def test_numbers_that_no_processor_makes(stage: Stage) -> None:
 # --- items ---
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rows": 17}, "tampered"),  # the reference says 16
-        ({"width": 64}, "wrong_shape"),
-        ({"dtype": "bfloat16"}, "wrong_shape"),
-        ({"dtype": "float64"}, "wrong_shape"),
-        ({"size": 0, "runs": ()}, "truncated"),
-        ({"size": 16 * 128 * 4 + 4}, "wrong_shape"),
-        ({"memory": "FILE"}, "wrong_shape"),
-        ({"runs": ((0, 1 << 40),), "size": 1 << 40}, "wrong_shape"),
-        ({"base": 4096}, "read_failed"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "reason"), WRONG_ANSWERS)
 def test_a_producer_that_says_something_else_than_it_has(stage: Stage, changes: dict[str, Any], reason: str) -> None:
     def fault(uuid: str, ec: dict[str, Any]) -> dict[str, Any]:
         stage.e.call(lie, uuid, changes)

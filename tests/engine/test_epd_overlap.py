@@ -156,20 +156,28 @@ def test_what_the_encoders_pool_has_evicted_is_encoded_again(stage: Stage) -> No
     """Also where vLLM's own book on the encoder still has it."""
     uuid, _ = stage.encoded(5)
     with stage.e.encodes(0):
-        stage.e.encode([picture(uuid, 5)])
+        ec = stage.e.encode([picture(uuid, 5)])
+    stage.pd.ask(question(named(uuid)), ec=ec, max_tokens=1)
     for seed in range(40):  # 73 KB each into 1 MB; what was read may go
         other = new_uuid()
         ec = stage.e.encode([picture(other, seed, 336)])
         if "suite" in ec[other]:
             stage.pd.ask([picture(other, seed, 336)], ec=ec, max_tokens=1)
-    ec = stage.e.encode([picture(uuid, 5)])
+    with stage.e.encodes(1):
+        ec = stage.e.encode([picture(uuid, 5)])
     assert stage.pd.ask(question(named(uuid)), ec=ec).said() == stage.expected(5).said()
 
 
 def test_after_new_weights_nothing_old_is_given_out(stage: Stage) -> None:
     uuid, old = stage.encoded(5)
+    unasked, its = stage.encoded(6)
     stage.e.call(reset_encoder_cache)
     with stage.e.encodes(1):
         new = stage.e.encode([picture(uuid, 5)])
     assert new[uuid]["suite"]["request_id"] != old[uuid]["suite"]["request_id"]
     assert stage.pd.ask(question(named(uuid)), ec=new).said() == stage.expected(5).said()
+    # A reference from before, to an item that nobody has asked for since.
+    loads = stage.counter("loads")
+    with stage.pd.encodes(1):
+        stage.pd.ask(question(picture(unasked, 6)), ec=its)
+    assert stage.counter("loads") == loads
