@@ -1,0 +1,100 @@
+"""The planner's simulator: requests per second of one core, and memory, over rates and lengths of the trace.
+
+Requests of 500 prompt and 200 output tokens with Poisson arrivals, on one engine of Llama-3.1-8B on an H100 by the
+`roofline`. CPU time of this process, the median over repetitions; `peak` is what Python allocated at most, in a run of
+its own, with a tenth of the requests and with all of them.
+
+    python benchmarks/bench_planner_simulator.py [--requests N] [--rates R ...] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+from common import arguments, positive, show_table, write_result
+
+from vllm_suite.planner.hardware import cluster
+from vllm_suite.planner.models import Parallel, load
+from vllm_suite.planner.models.memory import kv_capacity
+from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.simulator.jobs import Job
+from vllm_suite.planner.simulator.pool import Pool, simulate
+from vllm_suite.planner.simulator.results import Summary
+from vllm_suite.planner.sources.roofline import RooflineSource
+
+MODEL, HARDWARE = "meta-llama/Llama-3.1-8B", "1xH100-SXM"
+PROMPT, OUTPUT = 500, 200
+
+
+def trace(count: int, rate: float) -> Iterator[Job]:
+    """Poisson arrivals, the same in every run."""
+    draw, now = random.Random(0), 0.0
+    for number in range(count):
+        now += draw.expovariate(rate)
+        yield Job(number, now, PROMPT, OUTPUT)
+
+
+def main() -> None:
+    parse = arguments(__doc__ or "")
+    parse.add_argument("--requests", type=positive, default=20_000, metavar="N", help="requests of a run")
+    parse.add_argument("--rates", type=float, nargs="+", default=[5.0, 20.0, 35.0, 45.0], help="requests per second")
+    parse.add_argument("--repeat", type=positive, default=3, metavar="K", help="repetitions")
+    args = parse.parse_args()
+    requests, repeat = (2000, 1) if args.quick else (args.requests, args.repeat)
+    load_before = os.getloadavg()
+    model, quant = load(MODEL)
+    machine = cluster(HARDWARE)
+    source = RooflineSource(model, quant, Parallel(), machine)
+    limits = Limits(kv_capacity(model, quant, Parallel(), machine.device.memory_bytes).tokens // 16 - 1)
+
+    def run(count: int, rate: float) -> tuple[Pool, Summary, float]:
+        summary, begin = Summary(), time.process_time()
+        pool = simulate(trace(count, rate), source, limits, summary)
+        return pool, summary, time.process_time() - begin
+
+    def peak(count: int, rate: float) -> int:
+        tracemalloc.start()
+        run(count, rate)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    rows: list[list[str]] = []
+    result: list[dict[str, Any]] = []
+    for rate in args.rates:
+        runs = [run(requests, rate) for _ in range(repeat)]
+        (engine,), summary = runs[0][0].engines, runs[0][1]
+        found = {
+            "rate": rate,
+            "requests_per_cpu_second": requests / statistics.median(seconds for _, _, seconds in runs),
+            "steps": engine.steps,
+            "events": engine.clock.events,
+            "preemptions": engine.preemptions,
+            "ttft_mean_s": summary.ttft.mean,
+            "tpot_mean_s": summary.tpot.mean,
+            "peak_bytes": [peak(max(1, requests // 10), rate), peak(requests, rate)],
+        }
+        result.append(found)
+        rows.append([
+            f"{rate:g}/s",
+            f"{found['requests_per_cpu_second']:,.0f}",
+            f"{engine.steps / requests:.2f}",
+            f"{engine.clock.events / requests:.2f}",
+            f"{summary.ttft.mean * 1e3:.0f} ms",
+            f"{summary.tpot.mean * 1e3:.1f} ms",
+            " / ".join(f"{size / 1024:.0f} KiB" for size in found["peak_bytes"]),
+        ])  # fmt: skip
+    columns = ["rate", "requests/s of CPU", "steps each", "events each", "TTFT", "TPOT", "peak, 10 % / all"]
+    show_table(f"{requests} requests of {PROMPT}/{OUTPUT} tokens, {MODEL} on {HARDWARE}", columns, rows)
+    body = {"model": MODEL, "hardware": HARDWARE, "requests": requests, "rows": result}
+    write_result(args.json, "planner_simulator", body, load_before)
+
+
+if __name__ == "__main__":
+    main()
