@@ -107,7 +107,6 @@ _SLICE_ROWS = (
         for module, values in (
             ("interns1", ("pixel_values", "image_num_patches", "pixel_values_videos", "video_num_patches")),
             ("internvl", ("pixel_values_flat", "image_num_patches", "pixel_values_flat_video", "video_num_patches")),
-            ("qwen2_vl", ("pixel_values_videos", "video_grid_thw")),
             ("qwen2_5_vl", ("pixel_values_videos", "video_grid_thw")),
             ("qwen3_vl", ("pixel_values_videos", "video_grid_thw")),
         )

@@ -6,7 +6,7 @@ embeddings:
 
 * InternVL, in transformers' layout and in its authors': tiles of a picture, the thumbnail among them, and frames of a
   film are rows of one batch of the encoder.
-* Qwen2-VL, Qwen2.5-VL, Qwen3-VL: attention stays within a temporal patch (two frames) of a film, positions are those
+* Qwen2.5-VL, Qwen3-VL: attention stays within a temporal patch (two frames) of a film, positions are those
   of its height and width. A picture is one temporal patch.
 
 Nothing is decoded, resized or cut here a second time: a slice is a run of rows of what the processor has made of the
@@ -47,7 +47,6 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "image": Rule("pixel_values_flat", "image_num_patches"),
         "video": Rule("pixel_values_flat_video", "video_num_patches"),
     },
-    "Qwen2VLForConditionalGeneration": _QWEN_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
     "Qwen3VLForConditionalGeneration": _QWEN_VL,
 }
