@@ -118,7 +118,7 @@ def _make_llm(spec: Spec) -> Any:
 
 def _run(llm: Any, asks: list[Ask], aborts: dict[int, int], reset_after: int | None) -> list[Answer | None]:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     engine, answers, steps = llm.llm_engine, {}, 0
     tag = os.urandom(4).hex()
@@ -127,7 +127,8 @@ def _run(llm: Any, asks: list[Ask], aborts: dict[int, int], reset_after: int | N
         if "choice" in options:
             options["structured_outputs"] = StructuredOutputsParams(choice=options.pop("choice"))
         extra = ask.xargs | ({"dler_class": ask.name} if ask.name else {})
-        params = SamplingParams(**options, extra_args=extra or None)
+        # All samples of a request come together.
+        params = SamplingParams(**options, extra_args=extra or None, output_kind=RequestOutputKind.FINAL_ONLY)
         engine.add_request(f"{tag}-{number}", {"prompt_token_ids": ask.prompt}, params, priority=ask.priority)
     deadline = time.monotonic() + CALL_TIMEOUT_S
     while engine.has_unfinished_requests():

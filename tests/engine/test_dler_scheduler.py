@@ -150,7 +150,7 @@ def test_lengths_are_learned_from_answers_that_end(stock: DlerEngine, ours: Dler
     options = {"stop_token_ids": [tokens[last]]}
     ours.ask([Ask(33, 800, "learned", 12, options=options) for _ in range(20)])
     # What all other requests took still has a little say.
-    assert ours.call(_expected, "class:learned", 1000) == pytest.approx(last + 1, rel=0.4)
+    assert last + 1 <= ours.call(_expected, "class:learned", 1000) < ours.call(_expected, "class:other", 1000) / 2
 
 
 @pytest.fixture(scope="module")

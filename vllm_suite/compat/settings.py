@@ -178,8 +178,10 @@ def _propose(names: Iterable[str], view: View) -> tuple[list[Setting], list[Note
 
 
 def _merge(first: Setting | None, second: Setting) -> Setting:
-    if first is None or first.value == second.value:
-        return second if first is None else first
+    if first is None or first == second:
+        return second
+    if first.value == second.value:
+        return Setting(second.option, second.value, f"{first.why}; {second.why}")
     if second.option in APPENDED:
         return Setting(second.option, [*first.value, *second.value], f"{first.why}; {second.why}")
     if second.option == "additional_config":
