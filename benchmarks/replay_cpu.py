@@ -30,7 +30,7 @@ from replay_workload import Arrivals, Room, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_TOKEN, TOKENS = 16, 480
-MAX_TOKENS = 2048
+MAX_TOKENS = 512
 BLOCK = 32
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -63,8 +63,9 @@ def serve(model: Path, rows: list[Row], policy: str, room: Room, answer: Any) ->
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(model),
-            max_model_len=4096,
+            max_model_len=1024,
             block_size=BLOCK,
+            gpu_memory_utilization=0.05,
             num_gpu_blocks_override=room.blocks,
             max_num_seqs=room.seqs,
             enable_prefix_caching=False,
