@@ -40,6 +40,7 @@ class Placement:
         self._stale = False  # keys of all may have changed
         self._learned = 0  # finished requests that waiting ones do not know of
         self._relearned = now
+        self._alike: dict[tuple[tuple[str, ...], int], float | None] | None = None  # while many are looked at
 
     def begin_step(self, now: float) -> None:
         """Let waiting requests know what was learned, where it is time."""
@@ -76,7 +77,12 @@ class Placement:
         """Output tokens still to come; None where nothing is known."""
         age, group = int(state.request.num_output_tokens), state.group
         if group is None or not group.lengths:
-            return self.lengths.remaining(state.keys, age, state.cap)
+            if self._alike is None or age:
+                return self.lengths.remaining(state.keys, age, state.cap)
+            alike = (state.keys, state.cap)
+            if alike not in self._alike:
+                self._alike[alike] = self.lengths.remaining(state.keys, 0, state.cap)
+            return self._alike[alike]
         running = [m.request.num_output_tokens for m in group.members.values() if m is not state]
         return self.lengths.remaining(state.keys, age, state.cap, group=group.name, running=running)
 
@@ -109,9 +115,11 @@ class Placement:
 
     def _relearn(self, now: float) -> None:
         self._learned, self._stale, self._relearned = 0, False, now
+        self._alike = {}
         for queue in self.queues:
             for state in queue.states():
                 self.place(state)
+        self._alike = None
         # Groups' deadlines have settled only now.
         for state in self._touched:
             if state.group is not None:

@@ -218,7 +218,8 @@ class LengthPolicy:
         self.placement.rule.arrived(state.size)
 
     def _room_for(self, state: Tracked) -> int:
-        rest = self.placement.expected(state)
+        new = not state.request.num_output_tokens and state.predicted is not None
+        rest = state.predicted if new else self.placement.expected(state)
         if rest is None:
             room = min(_UNKNOWN_ROOM, state.cap - int(state.request.num_output_tokens))
         else:
