@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from simulated import ExactSource
 
+from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.engine import Engine, Limits
 from vllm_suite.planner.simulator.jobs import Job, SimulationError
 from vllm_suite.planner.simulator.pool import simulate
@@ -63,6 +64,35 @@ def test_the_last_admitted_gives_its_blocks_and_is_computed_again() -> None:
     # The second had 5 tokens at 6. Its 9 tokens need 3 blocks, free at 9: 8 in one step, 1 in another, then 2 steps.
     assert (second.preemptions, second.first_token, second.last_token) == (1, 2.0, 14.125)
     assert second.longest_gap == 12.125 - 6.0
+
+
+def test_a_prefill_engine_keeps_blocks_until_they_are_fetched() -> None:
+    # Two engines on one clock. Fetching takes 3 s; the prefill engine has room for one prompt at a time.
+    clock, jobs = Clock(), [Job(number, 0.0, 8, 3) for number in range(2)]
+    limits = Limits(2, 4, max_num_seqs=4, max_num_batched_tokens=16)
+
+    def hand_over(job: Job, now: float) -> None:
+        job.cached, blocks = job.prompt, job.held
+
+        def fetched(then: float, version: int) -> None:
+            prefill.release(blocks, then)
+            decode.accept(job, then)
+
+        clock.post(now + 3.0, 3, job.number, 0, fetched)
+
+    prefill = Engine(clock, SOURCE, limits, hand_over, number=0, prefill_only=True)
+    decode = Engine(clock, SOURCE, Limits(100, 4), lambda job, now: None, number=1)
+    clock.feed(jobs, prefill.accept)
+    clock.run()
+    # The first prompt until 2, fetched at 5; the second until 7, fetched at 10. The second token's step computes one
+    # token after the 8 that came over, for 1.125 s.
+    assert [(job.first_token, job.last_token, job.longest_gap) for job in jobs] == [
+        (2.0, 7.125, 4.125),
+        (7.0, 12.125, 4.125),
+    ]
+    assert (prefill.free, prefill.kept, decode.free) == (2, 0, 100)
+    with pytest.raises(SimulationError, match="keeps 0 blocks, 1 were released"):
+        prefill.release(1, clock.now)
 
 
 def test_cached_tokens_are_not_computed() -> None:

@@ -67,6 +67,7 @@ class Engine:
         running: jobs in prefill or decode, in order of admission.
         waiting: the others.
         free: blocks.
+        kept: blocks of jobs that left with their cache still to be fetched.
         busy: seconds in steps.
         steps: how many ended.
         preemptions: of jobs.
@@ -82,15 +83,19 @@ class Engine:
         number: int = 0,
         waiting: WaitingQueue | None = None,
         observer: Observer | None = None,
+        prefill_only: bool = False,
     ) -> None:
         """An idle engine.
 
         Args:
             finished: called with each job that has its last token, and the time.
+            prefill_only: jobs are finished at their first token. Where more are to come, elsewhere, their blocks are
+                kept until `release`.
         """
         self.clock, self.source, self.limits, self.finished, self.number = clock, source, limits, finished, number
         self.waiting: WaitingQueue = FirstCome() if waiting is None else waiting
-        self.observer = observer
+        self.observer, self.prefill_only = observer, prefill_only
+        self.kept = 0
         self.running: dict[int, Job] = {}
         self.decoding = Decoding(limits.block_size)
         self.free = limits.blocks
@@ -116,17 +121,35 @@ class Engine:
             SimulationError: it would not fit into the cache if it were alone.
         """
         size, blocks = self.limits.block_size, self.limits.blocks
-        if -(-(job.prompt + job.output - 1) // size) > blocks:
+        most = job.prompt if self.prefill_only else job.prompt + job.output - 1
+        if -(-most // size) > blocks:
             raise SimulationError(
-                f"request {job.number} needs {job.prompt + job.output - 1} tokens of cache, engine {self.number} has"
-                f" {blocks * size}"
+                f"request {job.number} needs {most} tokens of cache, engine {self.number} has {blocks * size}"
             )
         self.waiting.push(job, now)
+        if self._idle or self.waiting.peek(now) is job:
+            self._awake(now)
+
+    def release(self, blocks: int, now: float) -> None:
+        """Blocks of a job that left (its `held` when it did) are free: their contents were fetched, or given up.
+
+        Raises:
+            SimulationError: there are not as many.
+        """
+        if blocks > self.kept:
+            raise SimulationError(f"engine {self.number} keeps {self.kept} blocks, {blocks} were released")
+        self.kept -= blocks
+        self.free += blocks
+        if len(self.waiting):
+            self._awake(now)
+
+    def _awake(self, now: float) -> None:
+        """Something changed that may let a waiting job in."""
         if self._idle:
             self._idle = False
             self._version += 1
             self.clock.post(now, Kind.WAKE, self.number, self._version, self._wake)
-        elif self._line is not None and len(self.running) < self.limits.max_num_seqs and self.waiting.peek(now) is job:
+        elif self._line is not None and len(self.running) < self.limits.max_num_seqs:
             self._cut_short(now)
 
     def _cut_short(self, now: float) -> None:
@@ -200,9 +223,9 @@ class Engine:
                 count = max(1, int(line.steps))
             self._post(count)
         else:
-            # A job that is alone always fits, so nobody is left behind.
+            # A job that is alone always fits, so nobody is left behind but for blocks that others have yet to fetch.
             assert not preempted
-            assert not len(self.waiting)
+            assert self.kept or not len(self.waiting)
             self._idle = True
             self._gap_steps.clear()
             self._gap_seconds.clear()
@@ -302,6 +325,9 @@ class Engine:
         job.generated += 1
         if job.generated == job.output:
             self.free += job.held
+            self._done(job, now)
+        elif self.prefill_only:
+            self.kept += job.held
             self._done(job, now)
         else:
             self.decoding.join(job)
