@@ -8,13 +8,13 @@ tokens fit.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
 from vllm_suite.planner.simulator.decoding import Decoding
+from vllm_suite.planner.simulator.gaps import LongestSteps
 from vllm_suite.planner.simulator.jobs import FirstCome, Job, SimulationError, WaitingQueue
 from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps, pairs
@@ -110,9 +110,7 @@ class Engine:
         self._count, self._start, self._end = 0, 0.0, 0.0
         self._now_steps = Steps()
         self._version, self._idle = 0, True
-        # Longest step since any step: steps (ascending) and seconds (descending).
-        self._gap_steps: list[int] = []
-        self._gap_seconds: list[float] = []
+        self._longest = LongestSteps()
 
     def accept(self, job: Job, now: float) -> None:
         """A job arrives at this engine.
@@ -227,8 +225,7 @@ class Engine:
             assert not preempted
             assert self.kept or not len(self.waiting)
             self._idle = True
-            self._gap_steps.clear()
-            self._gap_seconds.clear()
+            self._longest.clear()
 
     def _take(self, job: Job, tokens: int, blocks: int) -> None:
         self._chunks.append((job, tokens))
@@ -295,12 +292,7 @@ class Engine:
             self.observer(self, self._start, now, count, self._now_steps, line)
         self._line = None
         self.free -= decoding.advance(count)
-        gap_seconds, gap_steps = self._gap_seconds, self._gap_steps
-        while gap_seconds and gap_seconds[-1] <= longest:
-            gap_seconds.pop()
-            gap_steps.pop()
-        gap_seconds.append(longest)
-        gap_steps.append(decoding.step)
+        self._longest.add(decoding.step, longest)
         for job in decoding.complete():
             self.free += decoding.held(job)
             self._note_gap(job)
@@ -334,9 +326,7 @@ class Engine:
 
     def _note_gap(self, job: Job) -> None:
         """The longest step in which the job decoded, this time."""
-        index = bisect_right(self._gap_steps, job.joined)
-        if index < len(self._gap_steps) and self._gap_seconds[index] > job.longest_gap:
-            job.longest_gap = self._gap_seconds[index]
+        job.longest_gap = max(job.longest_gap, self._longest.since(job.joined))
 
     def _done(self, job: Job, now: float) -> None:
         job.last_token = now
