@@ -7,8 +7,10 @@ production: from the EOS. All requests have the same `max_tokens`.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -80,6 +82,7 @@ class Outcome:
 def _model() -> Path:
     """A folder with a configuration that vLLM takes for a model; there are no weights."""
     folder = Path(tempfile.mkdtemp(prefix="replay-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
