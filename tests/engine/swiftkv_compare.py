@@ -46,7 +46,10 @@ def matches(plain: reference_swiftkv.Reference, ask: Ask, answer: Answer, tolera
         row = rows[length - 1 + i]
         where = f"prompt of {length}, token {i}"
         best = int(row.argmax())
-        assert token == best, f"{where}: engine {token} ({given[token]:.4f}), reference {best} ({row[best]:.4f})"
+        behind = (row[best] - row[token]).item()
+        # Two tokens as likely as each other within the tolerance may be told apart either way.
+        said = f"{where}: engine {token} ({given[token]:.4f}), reference {best}, {behind:.1e} likelier"
+        assert token == best or behind <= tolerance, said
         close(row, given, tolerance, where)
     if ask.prompt_logprobs is not None:
         assert answer.prompt_logprobs is not None
