@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Make]] = {
         "frames": lambda uuid, seed: frames_part(150, 90, 5, seed, uuid=uuid),
     },
     "qwen2_5_vl": {
-        "film": lambda uuid, seed: video_part(112, 112, 10, seed, uuid=uuid),
+        "film": lambda uuid, seed: video_part(112, 112, 20, seed, uuid=uuid),
         "frames": lambda uuid, seed: frames_part(112, 56, 7, seed, uuid=uuid),
     },
     "qwen3_vl": {
