@@ -122,7 +122,7 @@ class SchedulerSettings(Section):
         description="Tokens of KV cache, at most, left free for each running request to grow into at an admission.",
     )
     headroom_share: float = Field(
-        default=0.05,
+        default=0.1,
         ge=0,
         description="Share of a running request's expected output that is left free so; 16 tokens if unknown.",
     )

@@ -106,14 +106,14 @@ def test_an_admission_leaves_room_for_what_runs() -> None:
     one = policy({"headroom_tokens": 64}, Known(LENGTHS))
     short, long, last = of("short"), of("long"), of("long", max_tokens=1)
     running(one, short, long, last, Ask(max_tokens=30))
-    assert one.headroom == 1 + 50 + 1 + 16
+    assert one.headroom == 2 + 64 + 1 + 16
     one.admitted([long.request_id])  # again, as after an eviction that was none
-    assert one.headroom == 68
+    assert one.headroom == 83
     one.evicted(long, "kv_full")
-    assert one.headroom == 18
+    assert one.headroom == 19
     long.num_output_tokens = 990
     one.admitted([long.request_id])
-    assert one.headroom == 19
+    assert one.headroom == 20
     for ask in (short, long, last):
         one.finished(ask, "abort")
     assert one.headroom == 16
