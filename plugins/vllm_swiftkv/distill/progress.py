@@ -1,54 +1,16 @@
-"""Progress of a training run: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""What a distillation shows of its steps."""
 
 from __future__ import annotations
 
-import sys
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-
-_QUIET_S = 10.0
+from vllm_suite.step_progress import StepProgress
 
 
-class Progress:
-    """Shows steps and loss on standard error, where ``show``. A context manager."""
-
-    def __init__(self, steps: int, done: int, show: bool) -> None:
-        self._steps, self._done, self._show = steps, done, show
-        self._bar: Bar | None = None
-        self._task: Any = None
-        self._said = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        if self._show and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self._bar = Bar(*columns, console=Console(file=sys.stderr))
-            self._task = self._bar.add_task("", total=self._steps, completed=self._done)
-            self._bar.start()
-        return self
+class Progress(StepProgress):
+    """Steps with their loss."""
 
     def step(self, entry: dict[str, Any]) -> None:
         """A step of the log was taken."""
         text = f"loss {entry['loss']:.4f} (kl {entry['kl']:.4f}, hidden {entry['mse']:.4f})"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=entry["step"], description=text)
-        elif entry["step"] == self._steps or time.monotonic() - self._said >= _QUIET_S:
-            self._said = time.monotonic()
-            self.say(f"step {entry['step']}/{self._steps}: {text}, {entry['tokens'] / entry['seconds']:.0f} tokens/s")
-
-    def say(self, text: str) -> None:
-        """One line."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        elif self._show:
-            print(text, file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.taken(entry["step"], text, f", {entry['tokens'] / entry['seconds']:.0f} tokens/s")
