@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -34,6 +35,14 @@ def provenance(argv: list[str] | None = None, seed: int | None = None) -> dict[s
         "device": device_name(),
         "platform": platform.platform(),
     }
+
+
+def write_report(file: Path, report: dict[str, Any], seed: int | None = None, packages: tuple[str, ...] = ()) -> None:
+    """Write ``report`` as JSON with its provenance, versions of ``packages`` included; makes the folder."""
+    made = provenance(seed=seed)
+    made["versions"] |= {name: installed(name) for name in packages}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**report, "provenance": made}, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_dler.merge.run import ReadBackError, Request, merge
     from vllm_suite.checkpoints.progress import Progress, human
     from vllm_suite.checkpoints.source import CheckpointError
-    from vllm_suite.provenance import provenance
+    from vllm_suite.provenance import write_report
 
     request = Request(
         base=args.base,
@@ -58,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
         with Progress() as progress:
             report = merge(request, progress)
         if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({**report, "provenance": provenance()}, indent=2) + "\n", encoding="utf-8")
+            write_report(args.json, report)
     except (CheckpointError, OSError) as error:
         sys.stderr.write(f"vllm-suite dler merge: error: {error}\n")
         return 1 if isinstance(error, ReadBackError) else 2

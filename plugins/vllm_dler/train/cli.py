@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
@@ -109,7 +108,7 @@ def _emit(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _tell(report: dict[str, Any], file: Path | None, seed: int) -> int:
     import torch
 
-    from vllm_suite.provenance import installed, provenance
+    from vllm_suite.provenance import write_report
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         main = torch.distributed.get_rank() == 0
@@ -117,10 +116,7 @@ def _tell(report: dict[str, Any], file: Path | None, seed: int) -> int:
         if not main:
             return 0
     if file is not None:
-        made = provenance(seed=seed)
-        made["versions"] |= {name: installed(name) for name in ("transformers", *_NEEDED)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**report, "provenance": made}, indent=2) + "\n", encoding="utf-8")
+        write_report(file, report, seed, ("transformers", *_NEEDED))
     before, after = report["before"], report["after"]
     if before and after:
         print(f"mean length: {before['length']:.1f} -> {after['length']:.1f} tokens")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where ``OUT`` is a complete, verified checkpoint; 1 where what was written reads back wrong, else 2."""
     from vllm_suite.checkpoints.progress import Progress, human
-    from vllm_suite.provenance import provenance
+    from vllm_suite.provenance import write_report
     from vllm_swiftkv.convert.run import Request, convert
     from vllm_swiftkv.convert.verify import VerificationError
 
@@ -71,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
         with Progress() as progress:
             report = convert(request, progress)
         if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({**report, "provenance": provenance()}, indent=2) + "\n", encoding="utf-8")
+            write_report(args.json, report)
     except (SwiftKVError, OSError) as error:
         sys.stderr.write(f"vllm-suite swiftkv convert: error: {error}\n")
         return 1 if isinstance(error, VerificationError) else 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _tell(report: dict[str, Any], file: Path | None, seed: int) -> int:
     import torch
 
-    from vllm_suite.provenance import installed, provenance
+    from vllm_suite.provenance import write_report
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         main = torch.distributed.get_rank() == 0
@@ -67,10 +66,7 @@ def _tell(report: dict[str, Any], file: Path | None, seed: int) -> int:
         if not main:
             return 0
     if file is not None:
-        made = provenance(seed=seed)
-        made["versions"] |= {name: installed(name) for name in ("transformers", "accelerate")}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**report, "provenance": made}, indent=2) + "\n", encoding="utf-8")
+        write_report(file, report, seed, ("transformers", "accelerate"))
     if "prepared" in report:
         print(f"{report['documents']} documents in {report['rows']} rows prepared in {report['prepared']}")
         return 0
