@@ -11,6 +11,9 @@ Role = Literal["encode", "prefill", "decode", "any"]
 """The roles of a fleet file. `any` encodes where there is no `encode` pool, and prefills and decodes."""
 
 
+_WHOLE = Parallel()
+
+
 class PlanError(ValueError):
     """A plan that cannot be run; the text says which number and why."""
 
@@ -30,7 +33,7 @@ class PoolPlan:
 
     role: Role
     count: int
-    parallel: Parallel = Parallel()
+    parallel: Parallel = _WHOLE
     quant: Quantization | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
