@@ -1,0 +1,82 @@
+"""All that a simulation needs beside the plan: model, hardware, where times come from, and the engines' settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from vllm_suite.planner.hardware import Cluster
+from vllm_suite.planner.models import Model, ModelError, Quantization, prefill_only
+from vllm_suite.planner.models.memory import activation_bytes, kv_capacity
+from vllm_suite.planner.plan import PlanError, PoolPlan
+from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.simulator.jobs import WaitingQueue
+from vllm_suite.planner.sources.base import LatencySource
+from vllm_suite.planner.workload import Item
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same while plans are compared.
+
+    Attributes:
+        model, quant, cluster: what is served and on what. A pool's own `quant` takes precedence.
+        source: step times of a pool's engines. Called once for each pool and simulation; cache it where building a
+            source takes time.
+        encode_seconds: seconds of one item on one encoder of a pool, alone; None where no request has items.
+        prefix_caching, async_scheduling: vLLM's settings of every engine.
+        block_size: tokens of a block of cache.
+        queue: makes each engine's waiting queue; None for first come, first served.
+        utilisation: share of an accelerator's memory that an engine may take (``--gpu-memory-utilization``).
+    """
+
+    model: Model
+    quant: Quantization
+    cluster: Cluster
+    source: Callable[[PoolPlan], LatencySource]
+    encode_seconds: Callable[[PoolPlan, Item], float] | None = None
+    prefix_caching: bool = True
+    async_scheduling: bool = True
+    block_size: int = 16
+    queue: Callable[[], WaitingQueue] | None = None
+    utilisation: float = 0.9
+
+    def held(self, pool: PoolPlan, *, encoder: bool = True) -> Model:
+        """The model as an engine of the pool holds it: with or without encoder, without SwiftKV's late layers."""
+        model = prefill_only(self.model) if pool.late_kv_only else self.model
+        return model if encoder else replace(model, encoder=None)
+
+    def limits(self, pool: PoolPlan, *, encoder: bool = True) -> Limits:
+        """An engine's limits; blocks of cache from its memory where the pool does not name them.
+
+        Args:
+            encoder: whether its engines hold the model's encoder, if there is one.
+
+        Raises:
+            PlanError: the weights leave no room for a block.
+        """
+        blocks = pool.kv_blocks
+        if blocks is None:
+            quant, model = pool.quant or self.quant, self.held(pool, encoder=encoder)
+            step = activation_bytes(model, quant, pool.parallel, pool.max_num_batched_tokens, pool.max_num_seqs)
+            try:
+                found = kv_capacity(
+                    model,
+                    quant,
+                    pool.parallel,
+                    self.cluster.device.memory_bytes,
+                    utilisation=self.utilisation,
+                    activations=step,
+                    block=self.block_size,
+                )
+            except ModelError as error:
+                raise PlanError(f"pool {pool.name}: {error}") from error
+            blocks = found.tokens // self.block_size
+            if blocks < 1:
+                raise PlanError(f"pool {pool.name}: {found.free_bytes / 2**20:.0f} MiB are left for cache, no block")
+        return Limits(
+            blocks=blocks,
+            block_size=self.block_size,
+            max_num_seqs=pool.max_num_seqs,
+            max_num_batched_tokens=pool.max_num_batched_tokens,
+        )
