@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from heapq import heappop, heappush
+from typing import Protocol, TypeVar
 
-from vllm_suite.planner.simulator.jobs import Job, SimulationError
+from vllm_suite.planner.simulator.jobs import SimulationError
 
 # Called with the time and the event's version.
 Handler = Callable[[float, int], None]
+
+
+class Arriving(Protocol):
+    """What the clock has to know of a job or a request: a unique number, and seconds."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def arrival(self) -> float: ...
+
+
+_A = TypeVar("_A", bound=Arriving)
 
 
 class Kind(IntEnum):
@@ -44,7 +58,7 @@ class Clock:
         """
         heappush(self._heap, (time, kind, number, version, handler))
 
-    def feed(self, jobs: Iterable[Job], accept: Callable[[Job, float], None]) -> None:
+    def feed(self, jobs: Iterable[_A], accept: Callable[[_A, float], None]) -> None:
         """Let jobs arrive. They are drawn one at a time, so a trace of any length takes no memory.
 
         Raises:
