@@ -14,7 +14,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ def read_trace(path: Path, limit: int) -> Trace:
     """The first `limit` requests of a .csv (Azure) or .jsonl (Mooncake) file, either also as .gz."""
     name = path.name.removesuffix(".gz")
     if name.endswith(".csv"):
-        parse = _azure
+        parse = azure_rows
     elif name.endswith(".jsonl"):
-        parse = _mooncake
+        parse = mooncake_rows
     else:
         raise TraceError(f"{path}: a trace is a .csv (Azure) or .jsonl (Mooncake) file, or either with .gz")
     try:
@@ -127,7 +127,8 @@ def _open(path: Path) -> Any:
     return path.open(encoding="utf-8", newline="")
 
 
-def _azure(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
+def azure_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
+    """Rows of an Azure CSV of 2023 or 2024; `arrival_s` counts from 1970. Raises TraceError with the line."""
     rows = csv.reader(lines)
     header = tuple(column.strip().lstrip("\ufeff") for column in next(rows, []))
     if header != AZURE_HEADER:
@@ -140,49 +141,54 @@ def _azure(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
             raise TraceError(f"{where}: {len(AZURE_HEADER)} columns are expected, found {len(row)}")
         yield TraceRequest(
             arrival_s=_timestamp(where, row[0]),
-            input_tokens=_count(where, AZURE_HEADER[1], row[1], 1),
-            output_tokens=_count(where, AZURE_HEADER[2], row[2], 0),
+            input_tokens=whole_number(where, AZURE_HEADER[1], row[1], 1),
+            output_tokens=whole_number(where, AZURE_HEADER[2], row[2], 0),
         )
 
 
 def _timestamp(where: str, text: str) -> float:
-    # Seven digits of a second, as .NET writes them; Python takes six.
-    head, dot, fraction = text.strip().partition(".")
+    # 2023: seven digits of a second and no zone, 2024: six or none and +00:00. Without a zone it counts as UTC.
     try:
-        whole = datetime.fromisoformat(head)
-        part = float(f"0.{fraction}") if dot else 0.0
+        moment = datetime.fromisoformat(text.strip())
     except ValueError as error:
         raise TraceError(f"{where}: TIMESTAMP is not a date and time: {text!r}") from error
-    # Differences alone matter, so that the missing time zone does not.
-    return (whole - datetime(1970, 1, 1, tzinfo=whole.tzinfo)).total_seconds() + part
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _mooncake(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
+def mooncake_rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
+    """Rows of Mooncake's JSONL; `arrival_s` as recorded. Raises TraceError with the line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TraceError(f"{where}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise TraceError(f"{where}: an object is expected, found {type(entry).__name__}")
+        entry = json_object(where, line)
         ids = entry.get("hash_ids", [])
         if not isinstance(ids, list) or not all(type(item) is int for item in ids):
             raise TraceError(f"{where}: hash_ids is not a list of whole numbers")
-        length = _count(where, "input_length", entry.get("input_length"), 1)
+        length = whole_number(where, "input_length", entry.get("input_length"), 1)
         if len(ids) > -(-length // MOONCAKE_BLOCK_TOKENS):
             raise TraceError(f"{where}: {len(ids)} hash_ids for {length} tokens; each names 512 tokens")
         yield TraceRequest(
-            arrival_s=_count(where, "timestamp", entry.get("timestamp"), 0) / 1000,
+            arrival_s=whole_number(where, "timestamp", entry.get("timestamp"), 0) / 1000,
             input_tokens=length,
-            output_tokens=_count(where, "output_length", entry.get("output_length"), 0),
+            output_tokens=whole_number(where, "output_length", entry.get("output_length"), 0),
             prefix_ids=tuple(ids),
         )
 
 
-def _count(where: str, name: str, value: object, least: int) -> int:
+def json_object(where: str, text: str) -> dict[str, Any]:
+    """The object of a JSON line. Raises TraceError where it is anything else."""
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{where}: not JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise TraceError(f"{where}: an object is expected, found {type(entry).__name__}")
+    return entry
+
+
+def whole_number(where: str, name: str, value: object, least: int) -> int:
+    """The value of a field of a row. Raises TraceError where it is no whole number, or less than `least`."""
     try:
         number = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
     except ValueError:
