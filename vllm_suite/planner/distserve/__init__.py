@@ -1,0 +1,1 @@
+"""DistServe: its simulator's own rules, its formulas, and its two placement algorithms as published."""
