@@ -222,7 +222,7 @@ class Engine:
             self._post(count)
         else:
             # A job that is alone always fits, so nobody is left behind but for blocks that others have yet to fetch.
-            assert not preempted
+            assert self.kept or not preempted
             assert self.kept or not len(self.waiting)
             self._idle = True
             self._longest.clear()
