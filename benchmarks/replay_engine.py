@@ -131,6 +131,8 @@ def make_scheduler(settings: EngineSettings, clock: Callable[[], float] | None =
         additional_config=settings.additional,
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = room.blocks
+    # vLLM's CPU platform turns it off. Its other scheduler, driven a step ahead, leaves out every other step of a request.
+    config.scheduler_config.async_scheduling = settings.ahead
     init_none_hash(sha256)
     spec = FullAttentionSpec(block_size=room.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
     return config.scheduler_config.get_scheduler_cls()(

@@ -135,6 +135,15 @@ def test_one_request_by_hand() -> None:
     assert (outcome.steps, outcome.preemptions, outcome.recomputed, outcome.busy) == (3, 0, 0, pytest.approx(1.0))
 
 
+@pytest.mark.parametrize("scheduler_cls", [None, FACTORY])
+def test_a_step_ahead_every_request_gets_a_token_in_every_step(scheduler_cls: str | None) -> None:
+    # vLLM's scheduler that does not run ahead would take turns between requests that came at different steps.
+    settings = replace(SETTINGS, scheduler_cls=scheduler_cls, ahead=True)
+    outcome = replay([Row(0.0, 10, 60), Row(0.02, 10, 50)], settings, STEPS)
+    assert outcome.steps == 60
+    assert outcome.outputs == [60, 50]
+
+
 def test_the_clock_waits_for_the_next_arrival() -> None:
     outcome = replay([Row(0.0, 10, 2), Row(100.0, 10, 2)], SETTINGS, STEPS)
     assert outcome.latency[0] == pytest.approx(outcome.latency[1])
