@@ -34,6 +34,11 @@ class Products:
             self._grids[kind] = (np.unique(rows[:, 0]), np.unique(rows[:, 1]), lines)
         return self._grids[kind]
 
+    def measured_rows(self, weights: str) -> FloatArray:
+        """The numbers of rows that products of a format were measured at, ascending."""
+        lines = self._grid(GEMM_TYPES[weights])[2]
+        return np.unique(np.concatenate([line[:, 0] for line in lines.values()]))
+
     def _ideal(self, kind: str, rows: FloatArray, outputs: float, inputs: float) -> FloatArray:
         size = 2.0 if kind == "bfloat16" else 1.0
         peak = self.tables.peak_flops["bfloat16" if kind == "bfloat16" else "fp8"]
