@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
-from vllm_suite.planner.plan import Plan, PlanError, Role
+from vllm_suite.planner.plan import Plan, Role
 from vllm_suite.planner.simulator.clock import Clock
-from vllm_suite.planner.simulator.engine import Engine, Observer
-from vllm_suite.planner.simulator.jobs import Job
-from vllm_suite.planner.simulator.pool import Pool
+from vllm_suite.planner.simulator.counters import FleetRun, PoolRun, encode_run, pool_run
+from vllm_suite.planner.simulator.encoders import Waiter
+from vllm_suite.planner.simulator.engine import Observer
+from vllm_suite.planner.simulator.handover import Costs, Event, Lease, Links
+from vllm_suite.planner.simulator.instances import Leg, Receiving
+from vllm_suite.planner.simulator.jobs import Job, SimulationError
+from vllm_suite.planner.simulator.members import Members, Way
+from vllm_suite.planner.simulator.roles import Roles
+from vllm_suite.planner.simulator.routing import Instance, LeastTokens
 from vllm_suite.planner.simulator.served import Served, Sink
 from vllm_suite.planner.simulator.setting import Setting
-from vllm_suite.planner.workload import Request
+from vllm_suite.planner.simulator.switching import Switching
+from vllm_suite.planner.workload import Item, Request
 
-
-@dataclass(frozen=True)
-class PoolRun:
-    """Counters of a pool, one entry for each engine where there are several.
-
-    Attributes:
-        busy: seconds in steps.
-        steps: engine steps; of encoders, batches.
-        preemptions: of jobs, in all engines.
-        blocks: of cache of one engine; 0 for encoders.
-        kv_mean, kv_max: share of the pool's blocks that were taken: the mean over time, and the most.
-        transfers, transfer_bytes, transfer_seconds: what the pool's engines pulled; seconds summed over pulls.
-    """
-
-    busy: tuple[float, ...]
-    steps: tuple[int, ...]
-    preemptions: int = 0
-    blocks: int = 0
-    kv_mean: float = 0.0
-    kv_max: float = 0.0
-    transfers: int = 0
-    transfer_bytes: float = 0.0
-    transfer_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class FleetRun:
-    """What a simulation counted beside its requests.
-
-    Attributes:
-        end: seconds until the last request was done.
-        pools: by role.
-    """
-
-    end: float
-    pools: Mapping[Role, PoolRun]
+__all__ = ["FleetRun", "PoolRun", "simulate_plan"]
 
 
 def simulate_plan(
@@ -59,59 +31,254 @@ def simulate_plan(
     sink: Sink,
     *,
     observer: Observer | None = None,
-    switching: Callable[..., object] | None = None,
+    switching: Switching | None = None,
 ) -> FleetRun:
     """Run a fleet on a trace until every request is done.
 
     Args:
-        requests: in order of arrival; drawn as the clock reaches them.
+        requests: in order of arrival, with unique numbers; drawn as the clock reaches them.
         sink: called with each finished request.
-        observer: sees every run of steps of every engine.
-        switching: a policy that moves engines between roles.
+        observer: sees every run of steps of every engine; encoders have none.
+        switching: engines change their roles by this.
 
     Raises:
-        SimulationError: arrivals out of order, or a request that no engine can hold.
+        SimulationError: arrivals out of order, a request that no engine can hold, or one with items where the setting
+            has no time for them.
         PlanError: a pool that cannot be run.
     """
-    pool = plan.pool("any")
-    if pool is None or len(plan.pools) > 1 or switching is not None:
-        raise PlanError(f"{plan.name}: only a plan of one pool `any` is simulated so far")
-    clock, limits, source = Clock(), setting.limits(pool), setting.source(pool)
-    labels: dict[int, str] = {}
+    return _Fleet(plan, setting, sink, observer, switching).run(requests)
 
-    def finished(job: Job, now: float) -> None:
-        sink(
-            Served(
-                job.number,
-                job.arrival,
-                job.prompt,
-                job.output,
-                labels.pop(job.number),
-                prefill_start=job.first_scheduled,
-                prefilled=job.first_token,
-                first_token=job.first_token,
-                last_token=job.last_token,
-                longest_gap=job.longest_gap,
-                preemptions=job.preemptions,
+
+class _Flight:
+    """A request on its way.
+
+    Attributes:
+        decode: the instance that the router has picked for the answer, before any other stage.
+        prefill, lease: where its cache lies, and what keeps it there.
+        waiter: its items at the encode stage, until they were fetched.
+        since: when it came to the queue that it is in.
+    """
+
+    __slots__ = ("decode", "lease", "prefill", "request", "served", "since", "waiter")
+
+    def __init__(self, request: Request, served: Served, decode: Instance) -> None:
+        self.request, self.served, self.decode = request, served, decode
+        self.prefill: Instance | None = None
+        self.lease: Lease | None = None
+        self.waiter: Waiter | None = None
+        self.since = 0.0
+
+
+class _Fleet(Way):
+    def __init__(
+        self, plan: Plan, setting: Setting, sink: Sink, observer: Observer | None, switching: Switching | None
+    ) -> None:
+        self.setting, self.serving, self.sink = setting, setting.serving, sink
+        self.clock = Clock()
+        self.links, self.costs = Links(self.clock), Costs(setting)
+        self.members = Members(plan, setting, self.clock, self, observer)
+        self.roles = Roles(self.members, self.clock, switching, self._more) if switching is not None else None
+        self._front: Role = "any" if plan.pool("any") is not None else "decode"
+        self._answers, self._prompts = LeastTokens(), LeastTokens()
+        self._under_way, self._exhausted, self._end = 0, False, 0.0
+
+    def run(self, requests: Iterable[Request]) -> FleetRun:
+        """Until every request is done."""
+        self.clock.feed(self._drawn(requests), self._arrive)
+        self.clock.run()
+        if self._under_way:
+            raise SimulationError(f"{self._under_way} requests were left behind: a fault of the simulator")
+        members, end = self.members, self._end
+        pools: dict[Role, PoolRun] = {}
+        for pool in members.plan.pools:
+            role = pool.role
+            pools[role] = (
+                encode_run(members.every_encoder, end) if role == "encode" else pool_run(members.ever[role], end)
             )
-        )
+        return FleetRun(end, pools, tuple(self.roles.made) if self.roles is not None else ())
 
-    def jobs() -> Iterable[Job]:
-        for request in requests:
-            labels[request.number] = request.label
-            yield Job(request.number, request.arrival, request.prompt, request.output)
+    def _drawn(self, requests: Iterable[Request]) -> Iterator[Request]:
+        yield from requests
+        self._exhausted = True
 
-    queue = setting.queue
-    engines = [
-        Engine(clock, source, limits, finished, number=index, waiting=queue() if queue else None, observer=observer)
-        for index in range(pool.count)
-    ]
-    clock.feed(jobs(), Pool(engines).accept)
-    clock.run()
-    run = PoolRun(
-        tuple(engine.busy for engine in engines),
-        tuple(engine.steps for engine in engines),
-        sum(engine.preemptions for engine in engines),
-        limits.blocks,
-    )
-    return FleetRun(clock.now, {"any": run})
+    def _more(self) -> bool:
+        return self._under_way > 0 or not self._exhausted
+
+    def _hop(self, flight: _Flight, stage: int, now: float, then: Callable[[_Flight, float], None]) -> None:
+        """The router sends the request on."""
+        if self.serving.hop_s <= 0:
+            then(flight, now)
+            return
+        number = flight.request.number
+        self.clock.post(now + self.serving.hop_s, Event.HOP, number, stage, lambda at, _: then(flight, at))
+
+    def _arrive(self, request: Request, now: float) -> None:
+        served = Served(request.number, request.arrival, request.prompt, request.output, request.label)
+        flight = _Flight(request, served, self._answers.choose(self.members.active[self._front]))
+        self._under_way += 1
+        if self.roles is not None:
+            self.roles.begin(now)
+        if not request.items:
+            self._forward(flight, now)
+            return
+        if self.setting.encode_seconds is None:
+            raise SimulationError(f"request {request.number} has items, and the setting has no `encode_seconds`")
+        stage = self.members.stage
+        if stage is None:
+            self._forward(flight, now)
+            return
+        flight.waiter = waiter = stage.admit(request.items, now, partial(self._encoded, flight))
+        if not waiter.left:
+            self._encoded(flight, now)
+
+    # Encode
+
+    def _encoded(self, flight: _Flight, now: float) -> None:
+        """All items are there: prefill may begin."""
+        assert flight.waiter is not None
+        flight.served.encode_start, flight.served.encoded = flight.waiter.start, now
+        self._hop(flight, 0, now, self._forward)
+
+    def _fetch(self, flight: _Flight, instance: Instance, leg: Leg, now: float) -> None:
+        """Give a leg to an instance, after its items where there are any."""
+        waiter = flight.waiter
+        if waiter is None:
+            flight.since = now
+            instance.engine.accept(leg, now)
+            return
+        flight.waiter = None
+        left = len(waiter.sources)
+
+        def moved(then: float) -> None:
+            nonlocal left
+            left -= 1
+            if left:
+                return
+            assert self.members.stage is not None
+            self.members.stage.fetched(waiter)
+            flight.served.fetched = flight.since = then
+            instance.transfer_seconds += then - now
+            instance.engine.accept(leg, then)
+            if self.roles is not None:
+                self.roles.check(then)
+
+        for encoder, size, _ in waiter.sources:
+            seconds = self.costs.item(encoder.place, instance.place, size)
+            instance.transfers += 1
+            instance.transfer_bytes += size
+            self.links.start(encoder.place.number, instance.place.number, seconds, now, moved)
+
+    # Prefill
+
+    def _forward(self, flight: _Flight, now: float) -> None:
+        """To prefill, or past it."""
+        prefills, request = self.members.active.get("prefill"), flight.request
+        if not prefills or request.prompt < self.serving.min_prompt_tokens:
+            self._to_decode(flight, now)
+            return
+        instance = flight.prefill = self._prompts.choose(prefills)
+        instance.charge(request.prompt)
+        # One token more than prefill samples: the blocks are to be kept.
+        leg = Leg(request.number, request.arrival, request.prompt, 2, flight=flight, items=self._own_items(flight))
+        self._fetch(flight, instance, leg, now)
+
+    def _own_items(self, flight: _Flight) -> tuple[Item, ...]:
+        return flight.request.items if self.members.stage is None else ()
+
+    def prefilled(self, instance: Instance, job: Job, now: float) -> None:
+        """See `Way`."""
+        assert isinstance(job, Leg)
+        assert instance.leases is not None
+        flight: _Flight = job.flight
+        served = flight.served
+        served.prefill_start, served.prefilled, served.cached = job.first_scheduled, now, job.cached
+        served.preemptions += job.preemptions
+        instance.waited += job.first_scheduled - flight.since
+        instance.discharge(job.prompt)
+        if served.output == 1 and self.serving.streams == "prefill":
+            instance.engine.release(job.held, now)
+            served.first_token = served.last_token = now
+            self._done(flight, now)
+            return
+        flight.lease = instance.leases.issue(job.held, now, self.serving.max_hold_s)
+        self._hop(flight, 1, now, self._to_decode)
+
+    def expired(self, instance: Instance, lease: Lease, now: float) -> None:
+        """See `Way`."""
+        instance.engine.release(lease.blocks, now)
+        if self.roles is not None:
+            self.roles.check(now)
+
+    # Decode
+
+    def _to_decode(self, flight: _Flight, now: float) -> None:
+        """To the instance that answers: with a reference to the cache, or to compute the prompt itself."""
+        if flight.decode.draining:
+            flight.decode = self._answers.choose(self.members.active[self._front])
+        request, instance = flight.request, flight.decode
+        instance.charge(request.prompt + request.output)
+        leg = Leg(request.number, request.arrival, request.prompt, request.output, flight=flight)
+        if flight.lease is None:
+            leg.items = self._own_items(flight)
+        else:
+            leg.remote = True
+            if self.serving.streams == "decode":
+                # Decode computes the last token of the prompt again and samples from it.
+                leg.cached = request.prompt - 1
+            else:
+                leg.cached, leg.generated = request.prompt, 1
+                leg.first_token = leg.last_token = flight.served.prefilled
+        self._fetch(flight, instance, leg, now)
+
+    def pull(self, instance: Instance, leg: Leg, blocks: int, now: float) -> bool:
+        """See `Way`."""
+        flight: _Flight = leg.flight
+        lease, source = flight.lease, flight.prefill
+        assert lease is not None
+        assert source is not None
+        if lease.lost:
+            leg.cached = 0
+            return False
+        lease.open = False
+        flight.served.transfer_start = now
+        seconds, size = self.costs.kv(source.place, instance.place, -(-leg.prompt // self.setting.block_size))
+
+        def moved(then: float) -> None:
+            flight.served.transferred = then
+            instance.transfers += 1
+            instance.transfer_bytes += size
+            instance.transfer_seconds += then - now
+            source.engine.release(lease.blocks, then)
+            engine = instance.engine
+            assert isinstance(engine, Receiving)
+            engine.pulled(leg, then)
+            if self.roles is not None:
+                self.roles.check(then)
+
+        self.links.start(source.place.number, instance.place.number, seconds, now, moved)
+        return True
+
+    def finished(self, instance: Instance, job: Job, now: float) -> None:
+        """See `Way`."""
+        assert isinstance(job, Leg)
+        flight: _Flight = job.flight
+        served, start = flight.served, job.first_scheduled
+        if flight.lease is None:
+            served.prefill_start, served.prefilled, served.cached = start, job.first_token, job.cached
+            instance.waited += start - flight.since
+        else:
+            served.decode_start = start
+            pulled = served.transferred - served.transfer_start
+            instance.waited += start - flight.since - (pulled if pulled == pulled else 0.0)
+        served.first_token, served.last_token = job.first_token, job.last_token
+        served.longest_gap = job.longest_gap
+        served.preemptions += job.preemptions
+        instance.discharge(job.prompt + job.output)
+        self._done(flight, now)
+
+    def _done(self, flight: _Flight, now: float) -> None:
+        self._under_way -= 1
+        self._end = now
+        self.sink(flight.served)
+        if self.roles is not None:
+            self.roles.check(now)

@@ -16,6 +16,7 @@ class Served:
         number, arrival, prompt, output, label: of the request; tokens, the items' among them.
         encode_start, encoded: from the first of its items on an encoder to the last output; nan without items, and
             where the instance that prefills encodes too.
+        fetched: when the instance that prefills had fetched the encoders' outputs.
         prefill_start: its first step with a part of the prompt.
         prefilled: the end of the step that sampled on the prefill side; in one pool the same as `first_token`.
         transfer_start, transferred: of its keys and values to the decode instance.
@@ -33,6 +34,7 @@ class Served:
     label: str = ""
     encode_start: float = _NAN
     encoded: float = _NAN
+    fetched: float = _NAN
     prefill_start: float = _NAN
     prefilled: float = _NAN
     transfer_start: float = _NAN
@@ -66,7 +68,7 @@ class Served:
         """
         waited, ready = 0.0, self.arrival
         stages = (
-            (self.encode_start, self.encoded),
+            (self.encode_start, self.fetched),
             (self.prefill_start, self.prefilled),
             (self.transfer_start, self.transferred),
             (self.decode_start, self.decode_start),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from vllm_suite.planner.hardware import Cluster
 from vllm_suite.planner.models import Model, ModelError, Quantization, prefill_only
@@ -13,6 +14,38 @@ from vllm_suite.planner.simulator.engine import Limits
 from vllm_suite.planner.simulator.jobs import WaitingQueue
 from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.workload import Item
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What router and connectors do between instances. The defaults are the suite's own.
+
+    Attributes:
+        min_prompt_tokens: shorter prompts go straight to decode (``disaggregation.min_prompt_tokens``).
+        hop_s: seconds from the answer of one stage until the next stage has the request; 0 where nobody measured it.
+        streams: whose token the client sees first. The suite's router throws prefill's away and streams decode's;
+            DistServe and EPD stream prefill's.
+        max_hold_s: how long a prefill instance keeps blocks for a decode instance that has claimed them.
+        encode_policy, load_factor: which encoder gets an item (``encode.policy``).
+        slice_min_tokens, slice_tokens, max_slices, min_encoders: how an item is cut (``encode.slices``); it is not cut
+            into more than its `Item.pieces`.
+        encode_pool_bytes: of an encoder's token cache.
+    """
+
+    min_prompt_tokens: int = 256
+    hop_s: float = 0.0
+    streams: Literal["decode", "prefill"] = "decode"
+    max_hold_s: float = 600.0
+    encode_policy: Literal["cache_affinity", "least_encode_tokens"] = "cache_affinity"
+    load_factor: float = 1.1
+    slice_min_tokens: int = 1024
+    slice_tokens: int = 512
+    max_slices: int = 8
+    min_encoders: int = 2
+    encode_pool_bytes: float = 2.0**28
+
+
+_SERVING = Serving()
 
 
 @dataclass(frozen=True)
@@ -27,6 +60,7 @@ class Setting:
         prefix_caching, async_scheduling: vLLM's settings of every engine.
         block_size: tokens of a block of cache.
         queue: makes each engine's waiting queue; None for first come, first served.
+        serving: what router and connectors do between instances.
         utilisation: share of an accelerator's memory that an engine may take (``--gpu-memory-utilization``).
     """
 
@@ -39,6 +73,7 @@ class Setting:
     async_scheduling: bool = True
     block_size: int = 16
     queue: Callable[[], WaitingQueue] | None = None
+    serving: Serving = _SERVING
     utilisation: float = 0.9
 
     def held(self, pool: PoolPlan, *, encoder: bool = True) -> Model:

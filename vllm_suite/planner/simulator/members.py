@@ -1,0 +1,130 @@
+"""The instances of a simulated fleet, by role, as the router knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+
+from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Role
+from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.encoders import Encoder, EncodeStage
+from vllm_suite.planner.simulator.engine import Observer
+from vllm_suite.planner.simulator.handover import Lease, Leases, Place
+from vllm_suite.planner.simulator.instances import Hosted, Leg, OwnEncoder, Receiving
+from vllm_suite.planner.simulator.jobs import Job
+from vllm_suite.planner.simulator.routing import Instance
+from vllm_suite.planner.simulator.setting import Setting
+from vllm_suite.planner.workload import Item
+
+
+class Way:
+    """What instances report to: the way of a request through the pools."""
+
+    def prefilled(self, instance: Instance, job: Job, now: float) -> None:
+        """A prompt was computed and its blocks are kept."""
+        raise NotImplementedError
+
+    def finished(self, instance: Instance, job: Job, now: float) -> None:
+        """A request has its last token."""
+        raise NotImplementedError
+
+    def pull(self, instance: Instance, leg: Leg, blocks: int, now: float) -> bool:
+        """Start to fetch a cache."""
+        raise NotImplementedError
+
+    def expired(self, instance: Instance, lease: Lease, now: float) -> None:
+        """Nobody fetched blocks in time."""
+        raise NotImplementedError
+
+
+class Members:
+    """Makes the instances of a plan and keeps those that take work.
+
+    Attributes:
+        active: instances that take work, by role; without encoders.
+        ever: all that there were, for counters.
+        encoders, every_encoder: the same of the encode pool.
+        stage: the encode stage; None where there is no encode pool.
+    """
+
+    def __init__(self, plan: Plan, setting: Setting, clock: Clock, way: Way, observer: Observer | None) -> None:
+        self.plan, self.setting, self.clock, self.way, self.observer = plan.placed(), setting, clock, way, observer
+        self._numbers = count()
+        encode = self.plan.pool("encode")
+        serving = [pool for pool in self.plan.pools if pool.role != "encode"]
+        self._sources = {pool.role: setting.source(pool) for pool in serving}
+        self._limits = {pool.role: setting.limits(pool, encoder=encode is None) for pool in serving}
+        self.active: dict[Role, list[Instance]] = {pool.role: [] for pool in serving}
+        self.ever: dict[Role, list[Instance]] = {pool.role: [] for pool in serving}
+        self.encoders: list[Encoder] = []
+        self.every_encoder: list[Encoder] = []
+        self.stage: EncodeStage | None = None
+        if encode is not None:
+            if setting.encode_seconds is None:
+                raise PlanError(f"pool {encode.name}: the setting has no `encode_seconds`")
+            row = setting.model.hidden * setting.quant.base_bytes
+            self.stage = EncodeStage(self.encoders, setting.serving, self._item_seconds(encode), row)
+        for pool in self.plan.pools:
+            for rank in pool.ranks:
+                self.add(pool.role, rank, 0.0)
+
+    def add(self, role: Role, rank: int, now: float) -> None:
+        """A new engine of a role begins to take work."""
+        pool = self.plan.pool(role)
+        assert pool is not None
+        place = Place(next(self._numbers), rank, pool)
+        if role == "encode":
+            assert self.stage is not None
+            encoder = Encoder(
+                role,
+                place,
+                since=now,
+                clock=self.clock,
+                max_items=pool.max_items,
+                ended=self.stage.ended,
+                dropped=self.stage.dropped,
+                budget=self.setting.serving.encode_pool_bytes,
+            )
+            self.encoders.append(encoder)
+            self.every_encoder.append(encoder)
+            return
+        instance = Instance(role, place, since=now)
+        instance.engine = self._engine(instance, pool)
+        if role == "prefill":
+            instance.leases = Leases(self.clock, place.number, partial(self.way.expired, instance))
+        self.active[role].append(instance)
+        self.ever[role].append(instance)
+
+    def _engine(self, instance: Instance, pool: PoolPlan) -> Hosted:
+        setting, role, way = self.setting, instance.role, self.way
+        source, limits = self._sources[role], self._limits[role]
+        if setting.encode_seconds is not None and self.stage is None and role != "decode":
+            source = OwnEncoder(source, self._item_seconds(pool), limits.max_num_batched_tokens)
+        kind = Receiving if role == "decode" else Hosted
+        engine = kind(
+            self.clock,
+            source,
+            limits,
+            partial(way.prefilled if role == "prefill" else way.finished, instance),
+            number=instance.place.number,
+            waiting=setting.queue() if setting.queue else None,
+            observer=self.observer,
+            prefill_only=role == "prefill",
+        )
+        engine.seen = instance.since
+        if isinstance(engine, Receiving):
+            engine.pull = partial(way.pull, instance)
+        return engine
+
+    def _item_seconds(self, pool: PoolPlan) -> Callable[[Item], float]:
+        seconds, known = self.setting.encode_seconds, dict[tuple[str, int], float]()
+        assert seconds is not None
+
+        def of(item: Item) -> float:
+            found = known.get((item.kind, item.tokens))
+            if found is None:
+                found = known[item.kind, item.tokens] = seconds(pool, item)
+            return found
+
+        return of
