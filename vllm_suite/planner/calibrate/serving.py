@@ -1,0 +1,186 @@
+"""What a served request sees beside its engine's steps: HTTP, tokenizing, the router, the hand-over, host work."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_suite.planner.calibrate.client import Ask, Client, Timed
+from vllm_suite.planner.calibrate.file import Serving
+from vllm_suite.planner.calibrate.fit import nonnegative
+from vllm_suite.planner.calibrate.model import StepModel
+from vllm_suite.planner.sources.base import FloatArray
+from vllm_suite.planner.sources.steps import Steps
+
+# Tokens of a stream before its batch is complete and steady, and at its end.
+_EDGE = 6
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is asked of a fleet.
+
+    Attributes:
+        prompts: lengths; each is sent alone, `repeats` times.
+        batches: requests at a time for each engine that decodes.
+        width: engines that decode, each with its share of a batch.
+        budget: `max_num_batched_tokens`.
+        output: tokens of each request of a batch.
+        batch_prompt: their prompt.
+        token_ids: to draw prompts from.
+    """
+
+    prompts: tuple[int, ...]
+    batches: tuple[int, ...]
+    width: int
+    budget: int
+    token_ids: range
+    repeats: int = 6
+    output: int = 32
+    batch_prompt: int = 24
+    seed: int = 0
+
+
+async def first_tokens(client: Client, probe: Probe) -> dict[int, list[float]]:
+    """Seconds to the first token by prompt length, one request at a time, in random order."""
+    draw = random.Random(probe.seed)
+    order = [size for size in probe.prompts for _ in range(probe.repeats)]
+    draw.shuffle(order)
+    found: dict[int, list[float]] = {size: [] for size in probe.prompts}
+    for size in order:
+        [timed] = await client.send([Ask(tuple(draw.choices(probe.token_ids, k=size)), 2)])
+        found[size].append(timed.ttft)
+    return found
+
+
+async def batch_gaps(client: Client, probe: Probe) -> dict[int, list[float]]:
+    """Seconds between tokens while so many requests decode on each engine, in random order."""
+    draw = random.Random(probe.seed + 1)
+    order = [size for size in probe.batches for _ in range(max(2, probe.repeats // 2))]
+    draw.shuffle(order)
+    found: dict[int, list[float]] = {size: [] for size in probe.batches}
+    for size in order:
+        asks = [
+            Ask(tuple(draw.choices(probe.token_ids, k=probe.batch_prompt)), probe.output)
+            for _ in range(size * probe.width)
+        ]
+        found[size].append(steady_gap(await client.send(asks)))
+    return found
+
+
+def steady_gap(answers: Sequence[Timed]) -> float:
+    """The mean gap while all of them decode; the mean over the requests."""
+    begun = max(each.at[_EDGE] for each in answers)
+    ended = min(each.at[-1] for each in answers)
+    gaps = []
+    for each in answers:
+        inside = [at for at in each.at if begun <= at <= ended]
+        if len(inside) > 2:
+            gaps.append((inside[-1] - inside[0]) / (len(inside) - 1))
+    return statistics.fmean(gaps)
+
+
+def decode_seconds(model: StepModel, probe: Probe, size: int) -> float:
+    """The model's own time of such a step, in the middle of the stream."""
+    context = probe.batch_prompt + (probe.output + _EDGE) / 2
+    return model.step_seconds(Steps(0, 0, 0, 0, size, size * context))
+
+
+def prompt_seconds(model: StepModel, tokens: int, budget: int) -> tuple[float, int]:
+    """The model's own time of a prompt alone, and in how many steps."""
+    seconds, before, steps = 0.0, 0, 0
+    while before < tokens:
+        length = min(budget, tokens - before)
+        seconds += model.step_seconds(Steps.of([(length, before)]))
+        before, steps = before + length, steps + 1
+    return seconds, steps
+
+
+def fit_serving(
+    first: dict[int, list[float]],
+    gaps: dict[int, list[float]],
+    probe: Probe,
+    decode: StepModel,
+    prefill: StepModel,
+    via: str,
+    *,
+    handed_over: bool = False,
+) -> Serving:
+    """Constants from both measurements: what is left when the engine's own steps are taken off.
+
+    Args:
+        decode: the model of steps of the engines while all of them decode.
+        prefill: of an engine while the others are idle.
+        handed_over: the first token comes from a decode step on another engine.
+    """
+    sizes = sorted(gaps)
+    seen = np.array([statistics.median(gaps[size]) for size in sizes])
+    own = np.array([decode_seconds(decode, probe, size) for size in sizes])
+    step_s, sequence_s = _affine(np.array(sizes, dtype=float), seen - own, seen)
+    lengths = sorted(first)
+    ttft = np.array([statistics.median(first[length]) for length in lengths])
+
+    def engine_seconds(length: int) -> float:
+        seconds, steps = prompt_seconds(prefill, length, probe.budget)
+        seconds += steps * step_s + sequence_s
+        if handed_over:
+            seconds += prefill.step_seconds(Steps(0, 0, 0, 0, 1, length)) + step_s + sequence_s
+        return seconds
+
+    engine = np.array([engine_seconds(length) for length in lengths])
+    request_s, prompt_s = _affine(np.array(lengths, dtype=float), ttft - engine, ttft)
+    predicted_gap = own + step_s + sequence_s * np.array(sizes)
+    predicted_ttft = engine + request_s + prompt_s * np.array(lengths)
+    errors = np.concatenate([predicted_gap / seen - 1, predicted_ttft / ttft - 1])
+    points: list[dict[str, Any]] = [
+        {"decoding": size, "gap_s": float(one), "steps_s": float(two)}
+        for size, one, two in zip(sizes, seen, own, strict=True)
+    ]
+    points += [
+        {"prompt": length, "ttft_s": float(one), "steps_s": float(two)}
+        for length, one, two in zip(lengths, ttft, engine, strict=True)
+    ]
+    count = sum(map(len, first.values())) + sum(len(gaps[size]) * size * probe.width for size in sizes)
+    return Serving(
+        step_s=step_s,
+        sequence_s=sequence_s,
+        request_s=request_s,
+        prompt_token_s=prompt_s,
+        requests=count,
+        error=float(np.abs(errors).mean()),
+        via=via,
+        points=points,
+    )
+
+
+def _affine(size: FloatArray, left: FloatArray, whole: FloatArray) -> tuple[float, float]:
+    """Constant and slope, at least 0, of what is left, by errors relative to the whole."""
+    matrix = np.stack([np.ones_like(size), size], axis=1) / whole[:, None]
+    constant, slope = nonnegative(matrix, left / whole)
+    return float(constant), float(slope)
+
+
+async def serving(
+    client: Client,
+    probe: Probe,
+    decode: StepModel,
+    prefill: StepModel,
+    via: str,
+    *,
+    handed_over: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Serving:
+    """Measure a running fleet and fit its constants. Raises ServedError."""
+    await first_tokens(
+        client, Probe(probe.prompts, (), 1, probe.budget, probe.token_ids, repeats=1, seed=probe.seed + 7)
+    )
+    first = await first_tokens(client, probe)
+    gaps = await batch_gaps(client, probe)
+    found = fit_serving(first, gaps, probe, decode, prefill, via, handed_over=handed_over)
+    say(f"{via}: {found.requests} requests, mean error of the constants' fit {found.error:.1%}")
+    return found
