@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
+from vllm_suite.planner.simulator.gaps import LongestSteps
 from vllm_suite.planner.simulator.jobs import Job
 
 _Entry = tuple[int, int, Job]
@@ -15,13 +16,21 @@ class Decoding:
     number of the step: a job that joins with context c before step s has context c - s + step from then on.
 
     Attributes:
-        step: the engine's next step; it counts those with prompts too.
+        step: the next one to be decided on; steps with prompts count too.
         count: jobs.
         context: keys that they attend to in the next step, summed.
+        ended: steps.
+        flying: steps under way.
+        longest: steps that ended.
+        late: jobs that lost their cache while a step that gives them a token was under way.
+        ending: jobs that have their last token with the next step that ends, and do not decode any more.
     """
 
     def __init__(self, block_size: int) -> None:
-        self.step = self.count = self.context = 0
+        self.step = self.count = self.context = self.ended = self.flying = 0
+        self.longest = LongestSteps()
+        self.late: list[Job] = []
+        self.ending: list[Job] = []
         self._size = block_size
         # Jobs by the step, modulo the block size, in which they need another block.
         self._due = [0] * block_size
@@ -34,6 +43,7 @@ class Decoding:
     def join(self, job: Job) -> None:
         """A job has its `generated`-th token, which is not in the cache yet; it decodes from the next step on."""
         step = self.step
+        job.cohort = self
         job.joined = step
         job.finish = step + job.output - job.generated
         job.base = base = job.target + 1 - step
@@ -85,12 +95,16 @@ class Decoding:
             taken += sum(self._due[: first + rest - size])
         return taken
 
-    def run(self, free: int) -> int:
-        """Steps until the first job completes, or fewer: as many as these blocks suffice for."""
+    def run(self, free: int, late: int = 0) -> int:
+        """Steps until the first job completes, or fewer: as many as these blocks suffice for.
+
+        Args:
+            late: steps for which a job stays after its last token.
+        """
         heap = self._finish
         while not _current(heap[0]):
             heappop(heap)
-        count = heap[0][0] - self.step
+        count = heap[0][0] - self.step + late
         if (count // self._size + 1) * self.count <= free:
             return count
         cycles, free = divmod(free, self.count)
@@ -100,9 +114,9 @@ class Decoding:
             most += 1
         return min(count, most)
 
-    def complete(self) -> Iterator[Job]:
-        """The jobs that have their last token after the steps so far, in order of admission; leave each."""
-        heap, step = self._finish, self.step
+    def complete(self, step: int) -> Iterator[Job]:
+        """The jobs that have their last token after so many steps, in order of admission; leave each."""
+        heap = self._finish
         while heap and (heap[0][0] <= step or not _current(heap[0])):
             entry = heappop(heap)
             if _current(entry):

@@ -1,49 +1,24 @@
-"""One vLLM engine on a virtual clock: what each step computes, when it ends, and who got a token.
+"""One vLLM engine on a virtual clock: when each step ends, and who got a token.
 
-The rules are those of vLLM V1's scheduler (vllm/v1/core/sched/scheduler.py, 0.32): running requests before waiting
-ones, a token budget, prompts in chunks, blocks of cache taken as tokens come, the last of the running preempted where
-they run out and computed again, no admission in a step that preempted, a waiting request admitted only if all its
-tokens fit.
+What a step computes is `Scheduler`'s. Here steps get their times: one after another, or, with `async_scheduling`, each
+decided on while the one before it computes (vllm/v1/engine/core.py, `step_with_batch_queue`). Engines of several
+pipeline stages or data-parallel ranks are made by `build`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
-from vllm_suite.planner.simulator.decoding import Decoding
-from vllm_suite.planner.simulator.gaps import LongestSteps
-from vllm_suite.planner.simulator.jobs import FirstCome, Job, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.jobs import Job, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.limits import Limits
+from vllm_suite.planner.simulator.scheduler import Scheduler
 from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps, pairs
 
-
-@dataclass(frozen=True)
-class Limits:
-    """An engine's settings, by vLLM's names.
-
-    Attributes:
-        blocks: of the cache; what vLLM logs as the number of GPU blocks less one, which it keeps for itself.
-        reserve_full_isl: `scheduler_reserve_full_isl`: whether the whole sequence has to fit for admission, or only the
-            first chunk.
-    """
-
-    blocks: int
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    reserve_full_isl: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.blocks, self.block_size, self.max_num_seqs) < 1:
-            raise SimulationError(f"{self}: blocks, block_size and max_num_seqs have to be at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise SimulationError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs};"
-                " vLLM refuses that"
-            )
+__all__ = ["Engine", "Limits", "Observer", "Plan"]
 
 
 class Observer(Protocol):
@@ -56,21 +31,39 @@ class Observer(Protocol):
         ...
 
 
-class Engine:
+class Plan:
+    """A step that was decided on, or a run of steps in which the same jobs decode.
+
+    Attributes:
+        steps: the first of them; empty in a run that nobody observes.
+        seconds: of the first.
+        line: times of each; None with prompts.
+        count: steps.
+        sampled, leaving: what `Scheduler._apply` returned; None until then.
+    """
+
+    __slots__ = ("count", "leaving", "line", "sampled", "seconds", "steps")
+
+    def __init__(self, steps: Steps, seconds: float, line: DecodeLine | None, count: int) -> None:
+        self.steps, self.seconds, self.line, self.count = steps, seconds, line, count
+        self.sampled: list[Job] | None = None
+        self.leaving: list[Job] = []
+
+
+_EMPTY = Steps()
+
+
+class Engine(Scheduler):
     """Steps of a colocated engine, or of a prefill or a decode instance.
 
     A step with prompts is one event. Steps in which the same requests only decode are one event together, up to the
-    first in which one completes, before which blocks run out, or after which a job can be admitted.
+    first in which one completes, before which blocks run out, or after which a job can be admitted. Ahead, the last
+    step of such a run is an event of its own: during it the next one is decided on.
 
     Attributes:
         number: unique among engines of a clock.
-        running: jobs in prefill or decode, in order of admission.
-        waiting: the others.
-        free: blocks.
-        kept: blocks of jobs that left with their cache still to be fetched.
         busy: seconds in steps.
         steps: how many ended.
-        preemptions: of jobs.
     """
 
     def __init__(
@@ -92,25 +85,17 @@ class Engine:
             prefill_only: jobs are finished at their first token. Where more are to come, elsewhere, their blocks are
                 kept until `release`.
         """
-        self.clock, self.source, self.limits, self.finished, self.number = clock, source, limits, finished, number
-        self.waiting: WaitingQueue = FirstCome() if waiting is None else waiting
-        self.observer, self.prefill_only = observer, prefill_only
-        self.kept = 0
-        self.running: dict[int, Job] = {}
-        self.decoding = Decoding(limits.block_size)
-        self.free = limits.blocks
-        self.busy, self.steps, self.preemptions = 0.0, 0, 0
-        self._admitted = 0
-        # The job whose prompt did not fit into the budget. There is at most one, and it is the last of the running: it
-        # took up the budget, and does so in the following steps, so nobody is admitted after it.
-        self._partial: Job | None = None
-        # The step or run under way: none while _version was posted as a wake-up, or nothing was.
-        self._chunks: list[tuple[Job, int]] = []
-        self._line: DecodeLine | None = None
-        self._count, self._start, self._end = 0, 0.0, 0.0
-        self._now_steps = Steps()
+        super().__init__(limits, waiting, prefill_only=prefill_only)
+        self.clock, self.source, self.finished, self.number, self.observer = clock, source, finished, number, observer
+        self.busy, self.steps = 0.0, 0
+        self._ahead = limits.async_scheduling
+        # What is under way, of which `_count` steps end with the event `_version`; and what was decided on after it.
+        # In a run, ahead, both are the same, and the last step is not under way yet.
+        self._flight: Plan | None = None
+        self._plan: Plan | None = None
+        self._count, self._start = 0, 0.0
         self._version, self._idle = 0, True
-        self._longest = LongestSteps()
+        self._holding: dict[int, tuple[Job, int]] = {}
 
     def accept(self, job: Job, now: float) -> None:
         """A job arrives at this engine.
@@ -128,8 +113,11 @@ class Engine:
         if self._idle or self.waiting.peek(now) is job:
             self._awake(now)
 
-    def release(self, blocks: int, now: float) -> None:
+    def release(self, blocks: int, now: float, job: Job | None = None) -> None:
         """Blocks of a job that left (its `held` when it did) are free: their contents were fetched, or given up.
+
+        Args:
+            job: whose; with prefix caching, and none given, the first that left with as many.
 
         Raises:
             SimulationError: there are not as many.
@@ -137,7 +125,12 @@ class Engine:
         if blocks > self.kept:
             raise SimulationError(f"engine {self.number} keeps {self.kept} blocks, {blocks} were released")
         self.kept -= blocks
-        self.free += blocks
+        if self.cache is None:
+            self.free += blocks
+        else:
+            key = job.number if job else next(key for key, (_, held) in self._holding.items() if held == blocks)
+            left, held = self._holding.pop(key)
+            self._give_back(left, held, left.target, left=True)
         if len(self.waiting):
             self._awake(now)
 
@@ -147,92 +140,46 @@ class Engine:
             self._idle = False
             self._version += 1
             self.clock.post(now, Kind.WAKE, self.number, self._version, self._wake)
-        elif self._line is not None and len(self.running) < self.limits.max_num_seqs:
-            self._cut_short(now)
+        elif len(self.running) < self.limits.max_num_seqs:
+            flight, plan = self._flight, self._plan
+            if flight is not None and flight.line is not None and (not self._ahead or plan is flight):
+                self._cut_short(now, flight.line)
+            elif plan is not None:
+                plan.count = 1
 
-    def _cut_short(self, now: float) -> None:
+    def _cut_short(self, now: float, line: DecodeLine) -> None:
         """End a run of decode steps with the step that is under way."""
-        assert self._line is not None
-        count = max(1, self._line.within(now - self._start))
-        while self._start + self._line.total(count) < now:
+        count = max(1, line.within(now - self._start))
+        while self._start + line.total(count) < now:
             count += 1
         if count < self._count:
-            self._post(count)
+            self._post(self._start + line.total(count), count)
 
-    def _post(self, count: int) -> None:
-        assert self._line is not None
-        self._count, self._end = count, self._start + self._line.total(count)
+    def _post(self, end: float, count: int) -> None:
+        self._count = count
         self._version += 1
-        self.clock.post(self._end, Kind.STEP_END, self.number, self._version, self._finish)
+        self.clock.post(end, Kind.STEP_END, self.number, self._version, self._finish)
 
     def _wake(self, now: float, version: int) -> None:
-        self._schedule(now)
+        self._proceed(now)
 
     def _schedule(self, now: float) -> None:
-        """Decide on the next step or run of steps and post its end; idle where there is nothing to do."""
-        limits, decoding, running = self.limits, self.decoding, self.running
-        preempted = decoding.needed() > self.free and self._preempt(now)
-        # Blocks that the decoding jobs take in this step are theirs before anybody else's.
-        available = self.free - decoding.needed()
-        budget = limits.max_num_batched_tokens - decoding.count
-        size, chunks = limits.block_size, self._chunks
-        partial = self._partial
-        if partial is not None:
-            tokens = min(budget, partial.target - partial.done)
-            blocks = -(-(partial.done + tokens) // size) - partial.held
-            if blocks > available:
-                del running[partial.number]
-                self._evict(partial, now)
-                available = self.free - decoding.needed()
-                preempted = True
-            else:
-                self._take(partial, tokens, blocks)
-                available -= blocks
-                budget -= tokens
-        waiting = self.waiting
-        if not preempted:
-            while budget > 0 and len(waiting) and len(running) < limits.max_num_seqs:
-                job = waiting.peek(now)
-                target = job.prompt + job.generated
-                done = 0 if job.preemptions else job.cached
-                tokens = min(budget, target - done)
-                blocks = -(-(done + tokens) // size)
-                if (-(-target // size) if limits.reserve_full_isl else blocks) > available:
-                    break
-                waiting.pop(now)
-                job.target, job.done, job.held = target, done, 0
-                job.order = self._admitted = self._admitted + 1
-                if job.first_scheduled != job.first_scheduled:
-                    job.first_scheduled = now
-                running[job.number] = job
-                self._take(job, tokens, blocks)
-                available -= blocks
-                budget -= tokens
-        self._start = now
-        if chunks:
+        """Decide on the next step or run of steps; idle where there is nothing to do."""
+        preempted = self._decide(now)
+        if self._chunks:
             self._post_mixed(now)
-        elif decoding.count:
-            self._line = line = self.source.decode_line(decoding.count, decoding.context, *decoding.extremes())
-            if self.observer is not None:
-                self._now_steps = Steps(0, 0, 0, 0, decoding.count, decoding.context, *decoding.extremes())
-            # A step that preempted admits nobody; the next one may.
-            count = 1 if preempted else decoding.run(self.free)
-            if count > line.steps:
-                count = max(1, int(line.steps))
-            self._post(count)
+        elif self.decoding.count:
+            self._post_run(preempted)
         else:
-            # A job that is alone always fits, so nobody is left behind but for blocks that others have yet to fetch.
-            assert self.kept or not preempted
-            assert self.kept or not len(self.waiting)
-            self._idle = True
-            self._longest.clear()
-
-    def _take(self, job: Job, tokens: int, blocks: int) -> None:
-        self._chunks.append((job, tokens))
-        self.free -= blocks
-        job.held += blocks
+            self._plan = None
+            if self._flight is None:
+                # Nobody is left behind but for blocks that others have yet to fetch.
+                assert preempted or self.kept or not len(self.waiting)
+                self._idle = True
+                self.decoding.longest.clear()
 
     def _post_mixed(self, now: float) -> None:
+        """Plan a step with prompts."""
         decoding, total, before, attended = self.decoding, 0, 0, 0.0
         for job, tokens in self._chunks:
             total += tokens
@@ -240,95 +187,154 @@ class Engine:
             attended += pairs(tokens, job.done)
         extremes = decoding.extremes() if decoding.count else (0, 0)
         steps = Steps(total, len(self._chunks), before, attended, decoding.count, decoding.context, *extremes)
-        self._line, self._count, self._now_steps = None, 1, steps
-        self._end = now + self.source.step_seconds(steps)
-        self._version += 1
-        self.clock.post(self._end, Kind.STEP_END, self.number, self._version, self._finish)
+        seconds = self.source.step_seconds(steps)
+        if self._ahead:
+            host = self.source.host_seconds(steps.sequences)
+            seconds = max(seconds - host, host)
+        self._plan = Plan(steps, seconds, None, 1)
 
-    def _preempt(self, now: float) -> bool:
-        """Give each decoding job its block in order of admission, taking from the last ones where there is none."""
-        running, decoding, free = self.running, self.decoding, self.free
-        for job in list(running.values()):
-            if job.number not in running:
-                break
-            if job.finish < 0 or not decoding.needs(job):
-                continue
-            while free == 0:
-                _, victim = running.popitem()
-                free += self._evict(victim, now)
-                if victim is job:
-                    return True
-            free -= 1
-        return True
+    def _post_run(self, preempted: bool) -> None:
+        """Plan steps that only decode."""
+        decoding, source = self.decoding, self.source
+        shape = (decoding.count, decoding.context, *decoding.extremes())
+        line = source.decode_line(*shape)
+        if self._ahead:
+            line = _hidden(line, source.host_seconds(decoding.count))
+        # A step that preempted admits nobody; the next one may.
+        count = 1 if preempted else decoding.run(self.free, self._ghosts)
+        if count > line.steps:
+            count = max(1, int(line.steps))
+        steps = _EMPTY if self.observer is None else Steps(0, 0, 0, 0, *shape)
+        self._plan = Plan(steps, line.seconds, line, count)
 
-    def _evict(self, job: Job, now: float) -> int:
-        """Take a job's cache away and send it to the queue; how many blocks that freed."""
-        if job.finish >= 0:
-            held = self.decoding.held(job)
-            self._note_gap(job)
-            job.generated = job.output - self.decoding.remaining(job)
-            job.last_token = now
-            self.decoding.leave(job)
-        else:
-            held = job.held
-            if job is self._partial:
-                self._partial = None
-        self.free += held
-        job.held = job.done = 0
-        job.preemptions += 1
-        self.preemptions += 1
-        self.waiting.push_back(job, now)
-        return held
+    def _proceed(self, now: float) -> None:
+        """Start the step that was decided on; ahead, decide on the one after it."""
+        if not self._ahead:
+            self._schedule(now)
+            plan = self._plan
+            if plan is not None:
+                self._flight, self._start = plan, now
+                line = plan.line
+                self._post(now + (plan.seconds if line is None else line.total(plan.count)), plan.count)
+            return
+        plan = self._plan
+        if plan is None:
+            self._schedule(now)
+            plan = self._plan
+            if plan is None:
+                return
+        self._flight, self._start = plan, now
+        if plan.count > 1:
+            assert plan.line is not None
+            self._post(now + plan.line.total(plan.count - 1), plan.count - 1)
+            return
+        if plan.sampled is None:
+            plan.sampled, plan.leaving = self._apply(1)
+        self._post(now + plan.seconds, 1)
+        self.decoding.flying = 1
+        if not self._ghosts:
+            self._retire()
+        self._schedule(now)
 
     def _finish(self, now: float, version: int) -> None:
         """A step or a run ended: tokens come out, complete jobs leave, the next step is scheduled."""
         if version != self._version:
             return
-        decoding, line, count = self.decoding, self._line, self._count
+        flight, count, plan = self._flight, self._count, self._plan
+        assert flight is not None
         self.busy += now - self._start
         self.steps += count
+        line = flight.line
         longest = now - self._start if line is None else max(line.seconds, line.seconds + line.slope * (count - 1))
         if self.observer is not None:
-            self.observer(self, self._start, now, count, self._now_steps, line)
-        self._line = None
-        self.free -= decoding.advance(count)
-        self._longest.add(decoding.step, longest)
-        for job in decoding.complete():
-            self.free += decoding.held(job)
+            self.observer(self, self._start, now, count, flight.steps, line)
+        decoding = self.decoding
+        decoding.ended += count
+        decoding.longest.add(decoding.ended, longest)
+        if not self._ahead:
+            flight.sampled, flight.leaving = self._apply(count)
+        else:
+            decoding.flying = 0
+            if plan is flight:
+                plan = self._plan = _last(flight, count)
+                plan.sampled, plan.leaving = self._apply(count + 1)
+            elif plan is not None and plan.count == 1:
+                plan.sampled, plan.leaving = self._apply(1)
+        self._flight = None
+        left = self._settle(flight, now)
+        if left and plan is not None and plan.sampled is None:
+            # Places and blocks became free that the plan did not count on, after its first step.
+            plan.count = 1
+            plan.sampled, plan.leaving = self._apply(1)
+        self._proceed(now)
+
+    def _settle(self, flight: Plan, now: float) -> bool:
+        """Tokens of a step come out; whether anybody left."""
+        decoding, left = self.decoding, False
+        for job in decoding.complete(decoding.ended):
+            held = decoding.held(job)
             self._note_gap(job)
             decoding.leave(job)
+            self._give_back(job, held, job.prompt + job.output - 1, left=True)
             self._done(job, now)
-        if self._chunks:
-            chunks, self._chunks, self._partial = self._chunks, [], None
-            for job, tokens in chunks:
-                job.done += tokens
-                if job.done == job.target:
-                    self._sampled(job, now)
-                else:
-                    self._partial = job
-        self._schedule(now)
+            left = True
+        for job in flight.sampled or ():
+            if job.first_token != job.first_token:
+                job.first_token = now
+            else:
+                job.longest_gap = max(job.longest_gap, now - job.last_token)
+        if decoding.ending or flight.leaving or decoding.late:
+            left |= self._leave(flight, now)
+        return left
 
-    def _sampled(self, job: Job, now: float) -> None:
-        """The end of a prefill: the next token."""
-        if job.generated:
-            job.longest_gap = max(job.longest_gap, now - job.last_token)
-        else:
-            job.first_token = now
-        job.generated += 1
-        if job.generated == job.output:
-            self.free += job.held
+    def _leave(self, flight: Plan, now: float) -> bool:
+        """Jobs leave that do not decode any more, and those that lost their cache get the tokens under way."""
+        decoding = self.decoding
+        late, decoding.late = decoding.late, []
+        for job in late:
+            self._note_gap(job)
+            job.last_token = now
+            job.flying -= 1
+            if job.generated == job.output:
+                if self.cache is not None:
+                    self.cache.forget(job)
+                self._done(job, now)
+        ending, decoding.ending = decoding.ending, []
+        for job in ending:
+            self._note_gap(job)
+            self._give_back(job, job.held, job.prompt + job.output - 1, left=True)
             self._done(job, now)
-        elif self.prefill_only:
-            self.kept += job.held
+        for job in flight.leaving:
+            if self.prefill_only and job.generated < job.output:
+                self.kept += job.held
+                if self.cache is not None:
+                    self._holding[job.number] = (job, job.held)
+            else:
+                self._give_back(job, job.held, job.prompt + job.output - 1, left=True)
             self._done(job, now)
-        else:
-            self.decoding.join(job)
-
-    def _note_gap(self, job: Job) -> None:
-        """The longest step in which the job decoded, this time."""
-        job.longest_gap = max(job.longest_gap, self._longest.since(job.joined))
+        return bool(ending or flight.leaving)
 
     def _done(self, job: Job, now: float) -> None:
         job.last_token = now
-        del self.running[job.number]
+        self.running.pop(job.number, None)
         self.finished(job, now)
+
+
+def _hidden(line: DecodeLine, host: float) -> DecodeLine:
+    """The same steps where the host's share of each overlaps with the step before it."""
+    seconds = line.seconds - host
+    if seconds >= host:
+        return DecodeLine(seconds, line.slope, line.steps)
+    until = math.ceil((host - seconds) / line.slope) if line.slope > 0 else math.inf
+    return DecodeLine(host, 0.0, min(line.steps, until))
+
+
+def _last(run: Plan, count: int) -> Plan:
+    """The step after the first `count` of a run."""
+    line, steps = run.line, run.steps
+    assert line is not None
+    seconds = line.seconds + line.slope * count
+    if steps is not _EMPTY:
+        own, context, longest, shortest = steps[4:]
+        steps = Steps(0, 0, 0, 0, own, context + own * count, longest + count, shortest + count)
+    return Plan(steps, seconds, DecodeLine(seconds, line.slope), 1)

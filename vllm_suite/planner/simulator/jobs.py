@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vllm_suite.planner.simulator.decoding import Decoding
 
 
 class SimulationError(ValueError):
@@ -19,8 +22,13 @@ class Job:
         number: unique; breaks ties.
         arrival: when it reaches the system.
         prompt, output: lengths, at least 1.
-        cached: tokens at the start of the prompt whose keys and values need no computing at the first admission: found
-            in the prefix cache, or received from another instance. Below `prompt`. They take blocks as others do.
+        cached: tokens at the start of the prompt whose keys and values need no computing at the first admission:
+            received from another instance, or found in a cache that is not simulated. Below `prompt`. They take blocks as
+            others do.
+        prefix: ids of the blocks of `block` tokens that the prompt begins with; equal ids after equal ids are equal
+            content. Looked at where the engine has `prefix_caching`.
+        label: class of the request, for orders that know its length from it.
+        found: tokens of the prompt that the engine found in its prefix cache at the first admission.
         first_scheduled, first_token, last_token: nan until it happened.
         longest_gap: longest time between two of its tokens; 0 for one token.
         preemptions: how often it lost its cache and was computed again.
@@ -28,7 +36,8 @@ class Job:
     The rest is the engine's: `target` tokens to compute before the next one is sampled, `done` of them, `held` blocks
     while it is in prefill; in decode the step `finish` after which it is complete (-1 otherwise), `base` (its context
     minus the engine's step) and the step `joined` since which its gaps are the engine's steps. `order` counts
-    admissions, `generated` tokens up to the last admission or preemption.
+    admissions, `generated` tokens up to the last admission or preemption. `cohort` are the jobs that it decodes with, and
+    `flying` counts steps under way at which it takes part though it lost its cache.
     """
 
     number: int
@@ -36,6 +45,10 @@ class Job:
     prompt: int
     output: int
     cached: int = 0
+    prefix: tuple[int, ...] = ()
+    block: int = 512
+    label: str = ""
+    found: int = 0
     first_scheduled: float = float("nan")
     first_token: float = float("nan")
     last_token: float = float("nan")
@@ -49,6 +62,8 @@ class Job:
     finish: int = -1
     base: int = 0
     joined: int = 0
+    cohort: Decoding | None = None
+    flying: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.output < 1 or not 0 <= self.cached < self.prompt:

@@ -114,6 +114,12 @@ class LatencySource(ABC):
         """Seconds for which the step holds the slowest pipeline stage: how soon another batch may follow."""
         return self.step_seconds(steps) / self.stages
 
+    def host_seconds(self, sequences: int) -> float:
+        """Of a step of so many sequences the seconds in which the device waits for the host: a step that is scheduled
+        ahead hides them behind the step before it. Part of `step_seconds`; 0 where they are hidden already, or unknown.
+        """
+        return 0.0
+
     def describe(self) -> dict[str, Any]:
         """For a result's JSON: what answered, how sure, and what was asked beyond its range."""
         return {

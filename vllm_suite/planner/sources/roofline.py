@@ -136,6 +136,10 @@ class RooflineSource(LatencySource):
         )
         return slowest + self._fixed + self._per_sequence * sequences
 
+    def host_seconds(self, sequences: int) -> float:
+        """See `LatencySource`."""
+        return self._fixed + self._per_sequence * min(sequences, self.max_sequences)
+
     def encode_seconds(self, items: Iterable[ImageCost]) -> float:
         """Seconds of a batch of images, frames or sounds through the encoder.
 
