@@ -91,15 +91,16 @@ def simulate(
                     kept[key] = (first, share.total[number], share.tokens[number])
             stages.append(_slowest(shares))
         busy.append(_pipelined(stages))
-    first, total, tokens = (np.array(column) for column in zip(*kept.values(), strict=True))
-    gaps, later = (total - first) / np.maximum(tokens, 1), (tokens - 1).sum()
+    table = np.array(list(kept.values()))
+    starts, totals, tokens = table[:, 0], table[:, 1], table[:, 2]
+    gaps, later = (totals - starts) / np.maximum(tokens, 1), (tokens - 1).sum()
     return Outcome(
         scheme,
-        float(first.mean()) * 1e-3,
-        float((total - first).sum() / later) * 1e-3 if later else float("nan"),
+        float(starts.mean()) * 1e-3,
+        float((totals - starts).sum() / later) * 1e-3 if later else float("nan"),
         float(np.percentile(gaps, 95)) * 1e-3,
-        float(np.percentile(total, 50)) * 1e-6,
-        float(np.percentile(total, 95)) * 1e-6,
+        float(np.percentile(totals, 50)) * 1e-6,
+        float(np.percentile(totals, 95)) * 1e-6,
         max(busy) * 1e-6,
     )
 

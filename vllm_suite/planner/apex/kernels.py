@@ -114,7 +114,7 @@ class Exchanges:
             raise SourceError(f"{kind} over {nodes} x {inside} devices was not measured")
         sizes, times = line
         size = float(int(values * 2) // 1024)
-        return float(np.interp(size, sizes, times)) * max(1.0, size / sizes[-1])
+        return float(np.interp(size, sizes, times)) * max(1.0, size / float(sizes[-1]))
 
 
 def _columns(rows: list[tuple[float, float]]) -> tuple[FloatArray, FloatArray]:

@@ -22,6 +22,9 @@ from vllm_suite.planner.sources.steps import DecodeLine, Steps
 
 BARE = Uncertainty(0.25, "kernel times alone: measured engines take a nearly constant time more for each step")
 WITH_HOST = Uncertainty(0.08, "kernel times and a fitted host time; other rows of the measurements it was fitted on")
+EXPERT_TOKENS = 16_384
+"""The most tokens, of all ranks together, that mixtures of experts were measured with."""
+
 _LATENT = frozenset({"q_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"})
 
 
@@ -71,6 +74,8 @@ class AicSource(LatencySource):
         self.stages, self.outside = parallel.pp, outside or Outside()
         self.uncertainty = uncertainty or (WITH_HOST if step_us else BARE)
         self.model, self.quant, self.parallel, self.tables = model, quant, parallel, tables
+        if model.moe:
+            max_tokens = min(max_tokens, EXPERT_TOKENS // parallel.dp)
         self.request_s, self.max_tokens, self.distribution = request_us * 1e-6, max_tokens, distribution
         self.step_s, self.sequence_s = step_us * 1e-6, sequence_us * 1e-6
         self.products = Products(tables, self.outside)
@@ -171,7 +176,7 @@ class AicSource(LatencySource):
             tokens = self.outside.clamp("tokens", tokens, 0, self.max_tokens)
         rows = self._prompt_list if prompts else self._decode_list
         head = self._head_list[min(int(sequences), self.max_tokens)]
-        return rows[int(tokens)] + head + self.step_s + self.sequence_s * sequences
+        return float(rows[int(tokens)] + head + self.step_s + self.sequence_s * sequences)
 
     def step_seconds(self, steps: Steps) -> float:
         """See `LatencySource`."""

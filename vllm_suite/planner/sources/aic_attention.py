@@ -137,7 +137,9 @@ class AttentionTimes:
         mean = np.minimum(rows.decode_context / np.maximum(1.0, rows.decode_sequences), window)
         self.outside.clamp_all("context", mean, 0, self.longest)
         decode = self.decode.many(rows.decode_sequences, mean)
-        return np.where(rows.prefill_tokens > 0, prompts, 0.0) + np.where(rows.decode_sequences > 0, decode, 0.0)
+        beside = np.where(rows.decode_sequences > 0, decode, 0.0)
+        seconds: FloatArray = np.where(rows.prefill_tokens > 0, prompts, 0.0) + beside
+        return seconds
 
 
 def _rows(tables: AicTables, kernel: Kernel, phase: str) -> FloatArray:
@@ -162,7 +164,7 @@ def _rows(tables: AicTables, kernel: Kernel, phase: str) -> FloatArray:
             f" ({kernel.kv}) was not measured"
         )
     at = int(np.searchsorted(heads, kernel.heads))
-    near = found[found[:, 0] == heads[at]][:, 1:]
+    near: FloatArray = found[found[:, 0] == heads[at]][:, 1:]
     if heads[at] == kernel.heads:
         return near
     # Heads between two measured numbers: linear, at the points that both have.

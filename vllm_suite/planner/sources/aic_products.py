@@ -101,7 +101,8 @@ class Products:
         times, most = found[:, 1], found[-1, 0]
         # Beyond the largest number of tokens the products are compute-bound: time in proportion.
         self.outside.clamp("expert tokens", float(tokens.max()), 0, most)
-        return np.interp(tokens, found[:, 0], times) * np.maximum(1.0, tokens / most)
+        seconds: FloatArray = np.interp(tokens, found[:, 0], times) * np.maximum(1.0, tokens / most)
+        return seconds
 
     def collective(self, kind: str, size: FloatArray, ranks: int, all_reduce: AllReduce) -> FloatArray:
         """Of one collective of `size` bytes over ranks of one node.
@@ -121,7 +122,8 @@ class Products:
         if not len(found):
             raise SourceError(f"{self.tables.system}: {kind} over {ranks} ranks of one node was not measured")
         sizes = 2.0 * found[:, 0]  # The tables count values of two bytes.
-        return np.interp(size, sizes, found[:, 1]) * np.maximum(1.0, size / sizes[-1])
+        seconds: FloatArray = np.interp(size, sizes, found[:, 1]) * np.maximum(1.0, size / sizes[-1])
+        return seconds
 
 
 def _between(points: FloatArray, value: float) -> list[tuple[float, float]]:

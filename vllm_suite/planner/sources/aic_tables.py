@@ -7,6 +7,7 @@ from its newest earlier one, as AIConfigurator does; `AicTables.versions` says w
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Mapping
@@ -151,11 +152,11 @@ class AicTables:
         Raises:
             SourceError: there is no such table. No row at all is an empty array.
         """
-        import pyarrow.parquet as parquet
-
         path = self._path(family, file, maker)
         tests = [(name, "=", value) for name, value in where.items()]
-        table = parquet.read_table(path, columns=[*numbers, "latency"], filters=tests or None)  # type: ignore[no-untyped-call]
+        # By name: pyarrow comes with the extra alone, and has no types.
+        parquet = importlib.import_module("pyarrow.parquet")
+        table = parquet.read_table(path, columns=[*numbers, "latency"], filters=tests or None)
         if table.num_rows == 0:
             return np.empty((0, len(numbers) + 1))
         columns = [np.asarray(table.column(name).to_numpy(), dtype=float) for name in numbers]

@@ -16,7 +16,7 @@ from vllm_suite.planner.models import load
 from vllm_suite.planner.sources.aic_tables import AicTables
 from vllm_suite.planner.sources.base import SourceError
 from vllm_suite.planner.validation import apex_measured
-from vllm_suite.planner.validation.check import Check, not_run
+from vllm_suite.planner.validation.check import Check, Verdict, not_run
 
 PROFILES = "VLLM_SUITE_APEX_COMM"
 """The environment variable with APEX's profiles of collectives on H100."""
@@ -63,7 +63,7 @@ def _plans(data: Path) -> Iterator[Check]:
         theirs = set(published(path))
         error = float(len(theirs ^ set(ours)))
         note = "" if not error else f"not in both: {sorted(each.name for each in theirs ^ set(ours))}"
-        verdict = "holds" if not error else "missed"
+        verdict: Verdict = "holds" if not error else "missed"
         yield Check("A1", what, len(ours), len(theirs), "microsoft/apex_plus", error, "exact", verdict, note=note)
     if not _runs(data):
         yield not_run("A1", what, f"no measured/apex_runs in {data}", "microsoft/apex_plus")

@@ -31,7 +31,7 @@ from vllm_suite.planner.sources.aic_tables import AicTables
 from vllm_suite.planner.sources.base import LatencySource, SourceError
 from vllm_suite.planner.sources.roofline import RooflineSource
 from vllm_suite.planner.validation.apex_rows import Row, rows, trace, trace_path
-from vllm_suite.planner.validation.check import Check, not_run
+from vllm_suite.planner.validation.check import Check, Verdict, not_run
 
 STEP_US, REQUEST_US = 4331.0, 9832.0
 """Host time of a step and of a request, fitted to the mean TPOT and TTFT of the clean lmsys rows (`fit`)."""
@@ -150,7 +150,11 @@ def checks(data: Path) -> Iterator[Check]:
 
 
 def _means(others: Sequence[Predicted], plain: Mapping[str, tuple[float, float]]) -> Iterator[Check]:
-    known = {"APEX": (0.066, 0.276), "AIConfigurator": (0.248, 0.736), "AIConfigurator + 4.67 ms": (0.049, None)}
+    known: dict[str, tuple[float, float | None]] = {
+        "APEX": (0.066, 0.276),
+        "AIConfigurator": (0.248, 0.736),
+        "AIConfigurator + 4.67 ms": (0.049, None),
+    }
     single = {
         "A2": {_where(each): each.tpot / each.row.tpot - 1 for each in others},
         "A3": {_where(each): (each.ttft + REQUEST_US * 1e-3) / each.row.ttft - 1 for each in others},
@@ -159,7 +163,9 @@ def _means(others: Sequence[Predicted], plain: Mapping[str, tuple[float, float]]
         ("A2", "A3"), ("TPOT", "TTFT"), errors(others, REQUEST_US), (0.06, 0.15), (0, 1), strict=True
     ):
         told = {
-            tool: round(found, 4) for tool, figures in (known | plain).items() if (found := figures[at]) is not None
+            tool: round(found, 4)
+            for tool, figures in (known | dict(plain)).items()
+            if (found := figures[at]) is not None
         }
         rows_off = ", ".join(f"{where} {off:+.1%}" for where, off in single[id].items())
         yield Check(
@@ -195,6 +201,6 @@ def _ranking(predicted: Sequence[Predicted]) -> Iterator[Check]:
         order, real = (" < ".join(sorted(found, key=lambda kind: found[kind])) for found in (ours, measured))
         seconds = ", ".join(f"{kind} {ours[kind]:.2f}/{measured[kind]:.2f}" for kind in ours)
         apex = {"APEX by busy time": "4DP2TP < 2DP4TP < 8TP"} if name == "lmsys_05" else {}
-        verdict = "holds" if order == real else "missed"
+        verdict: Verdict = "holds" if order == real else "missed"
         note = f"mean latency, ours/measured, s: {seconds}"
         yield Check("A4", f"order of plans, {name}", order, real, _ORIGIN, None, "exact", verdict, apex, note)
