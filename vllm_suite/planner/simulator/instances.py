@@ -96,28 +96,36 @@ class Hosted(Engine):
 
     peak = 0
     seen = 0.0
-    _area = 0.0
+    _area = _growth = 0.0
     _used = 0
 
     def tally(self, now: float) -> float:
-        """Block-seconds taken up to now. Between two events the cache is taken to fill evenly."""
-        used = self.limits.blocks - self.free
-        self._area += (self._used + used) / 2 * (now - self.seen)
-        self.seen, self._used = now, used
+        """Block-seconds taken up to now. While jobs decode their caches are taken to grow evenly."""
+        since = now - self.seen
+        self._area += (self._used + self._growth / 2 * since) * since
+        self.seen = now
         return self._area
+
+    def _note(self, now: float) -> None:
+        """How full the cache is from now on."""
+        self._used = used = self.limits.blocks - self.free
+        self._growth = 0.0
+        if used > self.peak:
+            self.peak = used
 
     def release(self, blocks: int, now: float) -> None:
         """See `Engine`."""
         self.tally(now)
         super().release(blocks, now)
-        self._used = self.limits.blocks - self.free
+        # What a run under way has taken since its start is not known here; its growth goes on from what it had.
+        self._used -= blocks
 
     def _schedule(self, now: float) -> None:
         self.tally(now)
         super()._schedule(now)
-        self._used = used = self.limits.blocks - self.free
-        if used > self.peak:
-            self.peak = used
+        self._note(now)
+        if self.decoding.count and self._end > now:
+            self._growth = self._count * self.decoding.count / self.limits.block_size / (self._end - now)
 
     def _post_mixed(self, now: float) -> None:
         source = self.source
@@ -215,6 +223,7 @@ class Receiving(Hosted):
         self._awake(now)
 
     def _schedule(self, now: float) -> None:
+        self.tally(now)
         self._begin_pulls(now)
         line, admitted = self.line, self._sure(now)
         # Exactly these are admitted in this step, so nobody else gets the blocks that they held.
