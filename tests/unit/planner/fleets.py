@@ -57,8 +57,8 @@ class Watch:
         self, engine: Engine, start: float, end: float, count: int, steps: Steps, line: DecodeLine | None
     ) -> None:
         self.engines[engine.number] = engine
-        assert 0 <= engine.free
-        assert 0 <= engine.kept
+        assert engine.free >= 0
+        assert engine.kept >= 0
         assert engine.free + engine.kept <= engine.limits.blocks
         assert start <= end
         assert self.last <= end

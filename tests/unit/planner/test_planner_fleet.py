@@ -299,7 +299,7 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(SimulationError, match="sort them by arrival"):
         serve(PD, setting(), [Request(0, 1.0, 8, 2), Request(1, 0.0, 8, 2)])
     whole = Setting(MODEL, QUANT, CLUSTER, lambda pool: SOURCE, utilisation=0.1)
-    with pytest.raises(PlanError, match="pool 1 any: .* does not fit"):
+    with pytest.raises(PlanError, match=r"pool 1 any: .* does not fit"):
         serve(plan(any={"kv_blocks": None}), whole, [Request(0, 0.0, 8, 2)])
 
 
