@@ -46,12 +46,12 @@ PD = plan(prefill={}, decode={})
 def test_a_request_goes_through_prefill_pull_and_decode() -> None:
     (one,), run = serve(PD, setting(), [Request(0, 1.0, 8, 3)])
     pull = pull_seconds(1)
-    # 2 s of prefill, the pull, the last prompt token again in 1.125 s, and two more tokens.
+    # 2 s of prefill, the pull, the last prompt token again in a second, and two more tokens.
     assert (one.prefill_start, one.prefilled, one.transfer_start) == (1.0, 3.0, 3.0)
     assert one.transferred == pytest.approx(3.0 + pull, rel=1e-12)
     assert one.decode_start == one.transferred
-    assert one.first_token == pytest.approx(4.125 + pull, rel=1e-12)
-    assert one.last_token == pytest.approx(6.125 + pull, rel=1e-12)
+    assert one.first_token == pytest.approx(4.0 + pull, rel=1e-12)
+    assert one.last_token == pytest.approx(6.0 + pull, rel=1e-12)
     assert (one.longest_gap, one.queue_s) == (pytest.approx(1.0), 0.0)
     assert math.isnan(one.encoded)
     assert run.end == one.last_token
@@ -62,7 +62,7 @@ def test_a_request_goes_through_prefill_pull_and_decode() -> None:
     prefill = run.pools["prefill"]
     assert prefill.kv_mean == pytest.approx((2.0 + pull) / 1000 / run.end)
     # Growth counts before it fills a block.
-    assert decode.kv_mean == pytest.approx((3.125 + 0.125 + pull) / 1000 / run.end)
+    assert decode.kv_mean == pytest.approx((3.0 + 0.125 + pull) / 1000 / run.end)
     assert (prefill.kv_max, prefill.utilisation) == (0.001, pytest.approx(2.0 / run.end))
 
 
@@ -70,8 +70,8 @@ def test_prefills_token_may_be_the_clients_first() -> None:
     (one,), _ = serve(PD, setting(serving=Serving(min_prompt_tokens=0, streams="prefill")), [Request(0, 0.0, 8, 3)])
     pull = pull_seconds(1)
     assert (one.first_token, one.prefilled) == (2.0, 2.0)
-    assert one.last_token == pytest.approx(2.0 + pull + 1.125 + 1.0)
-    assert one.longest_gap == pytest.approx(pull + 1.125)
+    assert one.last_token == pytest.approx(2.0 + pull + 1.0 + 1.0)
+    assert one.longest_gap == pytest.approx(pull + 1.0)
     (one,), run = serve(PD, setting(serving=Serving(min_prompt_tokens=0, streams="prefill")), [Request(0, 0.0, 8, 1)])
     assert (one.first_token, one.last_token, run.pools["decode"].transfers) == (2.0, 2.0, 0)
 
@@ -90,7 +90,7 @@ def test_each_stage_is_a_hop_from_the_router() -> None:
 
 
 def test_blocks_stay_on_prefill_until_they_are_pulled() -> None:
-    # Prefill has room for one prompt. Decode has room for one request, which runs until 2 + pull + 1.125 + 9.
+    # Prefill has room for one prompt. Decode has room for one request, which runs until 3 + pull + 10.
     tight = plan(prefill={"kv_blocks": 1}, decode={"kv_blocks": 2})
     watch = Watch()
     first, second, third = serve(tight, setting(), [Request(n, 0.0, 16, 10) for n in range(3)], observer=watch)[0]
@@ -99,7 +99,7 @@ def test_blocks_stay_on_prefill_until_they_are_pulled() -> None:
     # The first pull ends and gives prefill its block; the second prompt is then computed, and pulled beside the first
     # request only in the step in which that has its second block or is done.
     assert second.prefill_start == pytest.approx(3.0 + pull)
-    assert first.last_token == pytest.approx(3.0 + pull + 1.125 + 9.0)
+    assert first.last_token == pytest.approx(3.0 + pull + 1.0 + 9.0)
     assert second.transfer_start == pytest.approx(first.last_token)
     assert third.prefill_start == pytest.approx(second.transferred)
     assert watch.empty()
@@ -203,7 +203,7 @@ def test_prefill_before_decode_is_an_m_d_1_queue(load: float) -> None:
 def test_two_pools_are_queues_in_tandem() -> None:
     # With fixed times the total wait before two servers in a row is that before the slower one alone.
     one = plan(prefill={"max_num_seqs": 1}, decode={"max_num_seqs": 1, "kv_blocks": 100_000})
-    prefill, decode = 1.0 + 8 * 0.125, 1.125 + 2.0
+    prefill, decode = 1.0 + 8 * 0.125, 1.0 + 2.0
     rate = 0.5 / decode
     latency = 0.0
 

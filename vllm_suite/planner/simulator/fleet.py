@@ -179,8 +179,21 @@ class _Fleet(Way):
         instance = flight.prefill = self._prompts.choose(prefills)
         instance.charge(request.prompt)
         # One token more than prefill samples: the blocks are to be kept.
-        leg = Leg(request.number, request.arrival, request.prompt, 2, flight=flight, items=self._own_items(flight))
-        self._fetch(flight, instance, leg, now)
+        self._fetch(flight, instance, self._leg(flight, 2, self._own_items(flight)), now)
+
+    def _leg(self, flight: _Flight, output: int, items: tuple[Item, ...] = ()) -> Leg:
+        each = flight.request
+        return Leg(
+            each.number,
+            each.arrival,
+            each.prompt,
+            output,
+            prefix=each.prefix,
+            block=each.block,
+            label=each.label,
+            flight=flight,
+            items=items,
+        )
 
     def _own_items(self, flight: _Flight) -> tuple[Item, ...]:
         return flight.request.items if self.members.stage is None else ()
@@ -190,22 +203,23 @@ class _Fleet(Way):
         assert isinstance(job, Leg)
         assert instance.leases is not None
         flight: _Flight = job.flight
-        served = flight.served
-        served.prefill_start, served.prefilled, served.cached = job.first_scheduled, now, job.cached
+        # The flight will hold the job; a circle would wait for the garbage collector.
+        job.flight, served = None, flight.served
+        served.prefill_start, served.prefilled, served.cached = job.first_scheduled, now, job.found
         served.preemptions += job.preemptions
         instance.waited += job.first_scheduled - flight.since
         instance.discharge(job.prompt)
         if served.output == 1 and self.serving.streams == "prefill":
-            instance.engine.release(job.held, now)
+            instance.engine.release(job.held, now, job)
             served.first_token = served.last_token = now
             self._done(flight, now)
             return
-        flight.lease = instance.leases.issue(job.held, now, self.serving.max_hold_s)
+        flight.lease = instance.leases.issue(job, now, self.serving.max_hold_s)
         self._hop(flight, 1, now, self._to_decode)
 
     def expired(self, instance: Instance, lease: Lease, now: float) -> None:
         """See `Way`."""
-        instance.engine.release(lease.blocks, now)
+        instance.engine.release(lease.job.held, now, lease.job)
         if self.roles is not None:
             self.roles.check(now)
 
@@ -217,7 +231,7 @@ class _Fleet(Way):
             flight.decode = self._answers.choose(self.members.active[self._front])
         request, instance = flight.request, flight.decode
         instance.charge(request.prompt + request.output)
-        leg = Leg(request.number, request.arrival, request.prompt, request.output, flight=flight)
+        leg = self._leg(flight, request.output)
         if flight.lease is None:
             leg.items = self._own_items(flight)
         else:
@@ -241,14 +255,14 @@ class _Fleet(Way):
             return False
         lease.open = False
         flight.served.transfer_start = now
-        seconds, size = self.costs.kv(source.place, instance.place, -(-leg.prompt // self.setting.block_size))
+        seconds, size = self.costs.kv(source.place, instance.place, blocks)
 
         def moved(then: float) -> None:
             flight.served.transferred = then
             instance.transfers += 1
             instance.transfer_bytes += size
             instance.transfer_seconds += then - now
-            source.engine.release(lease.blocks, then)
+            source.engine.release(lease.job.held, then, lease.job)
             engine = instance.engine
             assert isinstance(engine, Receiving)
             engine.pulled(leg, then)
@@ -264,7 +278,7 @@ class _Fleet(Way):
         flight: _Flight = job.flight
         served, start = flight.served, job.first_scheduled
         if flight.lease is None:
-            served.prefill_start, served.prefilled, served.cached = start, job.first_token, job.cached
+            served.prefill_start, served.prefilled, served.cached = start, job.first_token, job.found
             instance.waited += start - flight.since
         else:
             served.decode_start = start

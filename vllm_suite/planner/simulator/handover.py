@@ -11,6 +11,7 @@ from typing import Any
 from vllm_suite.planner.models.memory import kv_bytes
 from vllm_suite.planner.plan import PoolPlan
 from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.sources.transfers import Transfers
 
@@ -142,9 +143,9 @@ class Costs:
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """Blocks that a prefill instance keeps until they were pulled, or until a time when nobody pulls them yet."""
+    """Blocks of a job that a prefill instance keeps until they were pulled, or until a time when nobody pulls yet."""
 
-    blocks: int
+    job: Job
     until: float
     open: bool = True
     lost: bool = False
@@ -161,9 +162,9 @@ class Leases:
     _version: int = 0
     _posted: bool = False
 
-    def issue(self, blocks: int, now: float, hold_s: float) -> Lease:
-        """Keep blocks for so long."""
-        lease = Lease(blocks, now + hold_s)
+    def issue(self, job: Job, now: float, hold_s: float) -> Lease:
+        """Keep a job's blocks for so long."""
+        lease = Lease(job, now + hold_s)
         while self._book and not self._book[0].open:
             self._book.popleft()
         self._book.append(lease)

@@ -11,10 +11,12 @@ from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.encoders import Encoder, EncodeStage
 from vllm_suite.planner.simulator.engine import Observer
 from vllm_suite.planner.simulator.handover import Lease, Leases, Place
-from vllm_suite.planner.simulator.instances import Hosted, Leg, OwnEncoder, Receiving
+from vllm_suite.planner.simulator.instances import Hosted, Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.routing import Instance
 from vllm_suite.planner.simulator.setting import Setting
+from vllm_suite.planner.simulator.step_sources import LastTokens, OwnEncoder
+from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.workload import Item
 
 
@@ -98,8 +100,11 @@ class Members:
 
     def _engine(self, instance: Instance, pool: PoolPlan) -> Hosted:
         setting, role, way = self.setting, instance.role, self.way
-        source, limits = self._sources[role], self._limits[role]
-        if setting.encode_seconds is not None and self.stage is None and role != "decode":
+        source: LatencySource = self._sources[role]
+        limits = self._limits[role]
+        if role == "decode":
+            source = LastTokens(source)
+        if setting.encode_seconds is not None and self.stage is None:
             source = OwnEncoder(source, self._item_seconds(pool), limits.max_num_batched_tokens)
         kind = Receiving if role == "decode" else Hosted
         engine = kind(

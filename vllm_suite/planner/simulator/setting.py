@@ -58,6 +58,7 @@ class Setting:
             source takes time.
         encode_seconds: seconds of one item on one encoder of a pool, alone; None where no request has items.
         prefix_caching, async_scheduling: vLLM's settings of every engine.
+        by_length: requests end at a length that the engine was told, as in a benchmark; see `Limits`.
         block_size: tokens of a block of cache.
         queue: makes each engine's waiting queue; None for first come, first served.
         serving: what router and connectors do between instances.
@@ -71,6 +72,7 @@ class Setting:
     encode_seconds: Callable[[PoolPlan, Item], float] | None = None
     prefix_caching: bool = True
     async_scheduling: bool = True
+    by_length: bool = False
     block_size: int = 16
     queue: Callable[[], WaitingQueue] | None = None
     serving: Serving = _SERVING
@@ -114,4 +116,7 @@ class Setting:
             block_size=self.block_size,
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
+            async_scheduling=self.async_scheduling,
+            by_length=self.by_length,
+            prefix_caching=self.prefix_caching,
         )
