@@ -271,6 +271,7 @@ class Engine(Scheduler):
     def _settle(self, flight: Plan, now: float) -> bool:
         """Tokens of a step come out; whether anybody left."""
         decoding, left = self.decoding, False
+        # First tokens before ends: ahead, a job of one token is among those that decode.
         for job in decoding.complete(decoding.ended):
             held = decoding.held(job)
             self._note_gap(job)
@@ -278,11 +279,6 @@ class Engine(Scheduler):
             self._give_back(job, held, job.prompt + job.output - 1, left=True)
             self._done(job, now)
             left = True
-        for job in flight.sampled or ():
-            if job.first_token != job.first_token:
-                job.first_token = now
-            else:
-                job.longest_gap = max(job.longest_gap, now - job.last_token)
         if decoding.ending or flight.leaving or decoding.late:
             left |= self._leave(flight, now)
         return left
