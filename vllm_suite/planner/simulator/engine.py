@@ -272,6 +272,11 @@ class Engine(Scheduler):
         """Tokens of a step come out; whether anybody left."""
         decoding, left = self.decoding, False
         # First tokens before ends: ahead, a job of one token is among those that decode.
+        for job in flight.sampled or ():
+            if job.first_token != job.first_token:
+                job.first_token = now
+            else:
+                job.longest_gap = max(job.longest_gap, now - job.last_token)
         for job in decoding.complete(decoding.ended):
             held = decoding.held(job)
             self._note_gap(job)
