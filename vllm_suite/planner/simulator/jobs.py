@@ -23,8 +23,8 @@ class Job:
         arrival: when it reaches the system.
         prompt, output: lengths, at least 1.
         cached: tokens at the start of the prompt whose keys and values need no computing at the first admission:
-            received from another instance, or found in a cache that is not simulated. Below `prompt`. They take blocks as
-            others do.
+            received from another instance, or found in a cache that is not simulated. Below `prompt`. They take blocks
+            as others do.
         prefix: ids of the blocks of `block` tokens that the prompt begins with; equal ids after equal ids are equal
             content. Looked at where the engine has `prefix_caching`.
         label: class of the request, for orders that know its length from it.
@@ -36,8 +36,8 @@ class Job:
     The rest is the engine's: `target` tokens to compute before the next one is sampled, `done` of them, `held` blocks
     while it is in prefill; in decode the step `finish` after which it is complete (-1 otherwise), `base` (its context
     minus the engine's step) and the step `joined` since which its gaps are the engine's steps. `order` counts
-    admissions, `generated` tokens up to the last admission or preemption. `cohort` are the jobs that it decodes with, and
-    `flying` counts steps under way at which it takes part though it lost its cache.
+    admissions, `generated` tokens up to the last admission or preemption. `cohort` are the jobs that it decodes with,
+    `flying` counts steps under way that it takes part in though it lost its cache.
     """
 
     number: int

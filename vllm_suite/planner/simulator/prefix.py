@@ -96,7 +96,8 @@ class PrefixCache:
         ends = self._ends
         while count:
             run = ends.after
-            assert run is not None and run is not ends
+            assert run is not None
+            assert run is not ends
             here = run.high - run.low
             if here > count:
                 run.high -= count
@@ -218,7 +219,7 @@ class PrefixCache:
             count = min(per - offset, most - held.done)
             held.done += count
             if offset and held.pieces:
-                run, low, high = held.pieces[-1]
+                run, low, _ = held.pieces[-1]
                 if run.refs == 1 and run.high == offset and node.runs[-1] is run:
                     run.high += count
                     run.rest = None
@@ -257,7 +258,7 @@ class PrefixCache:
                 else:
                     held.lost = run
         freed = own
-        for run, low, high in reversed(held.pieces):
+        for run, _, high in reversed(held.pieces):
             parts: list[_Run] = []
             part: _Run | None = run
             while part is not None and part.low < high:
@@ -297,7 +298,8 @@ class PrefixCache:
 
     def _unlink(self, run: _Run) -> None:
         before, after = run.before, run.after
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         before.after, after.before = after, before
         run.before = run.after = None
 
