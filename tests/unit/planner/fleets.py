@@ -29,9 +29,11 @@ ALL_DISAGGREGATED = Serving(min_prompt_tokens=0)
 
 
 def setting(source: LatencySource = SOURCE, serving: Serving = ALL_DISAGGREGATED, **more: Any) -> Setting:
-    """A setting in which a step takes what `source` says on any pool, and scheduling does not run ahead."""
-    plain = Setting(MODEL, QUANT, CLUSTER, lambda pool: source, serving=serving, **more)
-    return replace(plain, prefix_caching=False, async_scheduling=False)
+    """A setting in which a step takes what `source` says on any pool. Without prefix caching, and with scheduling that
+    does not run ahead, where `more` says nothing else.
+    """
+    plain = Setting(MODEL, QUANT, CLUSTER, lambda pool: source, serving=serving)
+    return replace(plain, **{"prefix_caching": False, "async_scheduling": False, **more})
 
 
 def plan(**pools: dict[str, Any]) -> Plan:
@@ -59,7 +61,8 @@ class Watch:
         self.engines[engine.number] = engine
         assert engine.free >= 0
         assert engine.kept >= 0
-        assert engine.free + engine.kept <= engine.limits.blocks
+        # Blocks that jobs share are kept for each of them.
+        assert engine.free + (engine.kept if engine.cache is None else 0) <= engine.limits.blocks
         assert start <= end
         assert self.last <= end
         self.last = end

@@ -22,7 +22,7 @@ class PoolRun:
         preemptions: of jobs.
         blocks: of cache of one engine; 0 for encoders.
         kv_mean, kv_max: share of the pool's blocks that were taken: the mean over time and engines, and the most of any
-            engine after a step was scheduled.
+            engine. While jobs decode their caches are taken to grow evenly.
         transfers, transfer_bytes, transfer_seconds: what the pool's engines pulled: keys and values, and encoders'
             outputs. Seconds are summed over pulls, so pulls side by side count several times.
         waited: seconds that requests waited in the pool's queues, summed.
@@ -75,15 +75,15 @@ def pool_run(members: Sequence[Instance], end: float) -> PoolRun:
     """The counters of engines."""
     engines, present = [member.engine for member in members], _present(members, end)
     blocks = engines[0].limits.blocks
-    room = blocks * sum(present)
+    room, most = blocks * sum(present), max(engine.peak for engine in engines) / blocks
     return PoolRun(
         busy=tuple(engine.busy for engine in engines),
         steps=tuple(engine.steps for engine in engines),
         present=present,
         preemptions=sum(engine.preemptions for engine in engines),
         blocks=blocks,
-        kv_mean=sum(engine.tally(max(end, engine.seen)) for engine in engines) / room if room else 0.0,
-        kv_max=max(engine.peak for engine in engines) / blocks,
+        kv_mean=min(most, sum(engine.tally(max(end, engine.seen)) for engine in engines) / room) if room else 0.0,
+        kv_max=most,
         transfers=sum(member.transfers for member in members),
         transfer_bytes=sum(member.transfer_bytes for member in members),
         transfer_seconds=sum(member.transfer_seconds for member in members),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from vllm_suite.planner.simulator.engine import Engine
@@ -34,7 +35,7 @@ class Hosted(Engine):
     """An engine of a pool, which counts how full its cache is.
 
     Attributes:
-        peak: most blocks taken after any step was planned.
+        peak: most blocks taken, at most by a rounding more than there were.
         seen: seconds up to which its cache is counted; when it began, at first.
     """
 
@@ -61,16 +62,16 @@ class Hosted(Engine):
     def _proceed(self, now: float) -> None:
         self.tally(now)
         super()._proceed(now)
-        self._used = used = self.limits.blocks - self.free
-        if used > self.peak:
-            self.peak = used
-        run = self._flight
+        self._used = most = self.limits.blocks - self.free
+        run, self._growth = self._flight, 0.0
         # A single step that was planned ahead has taken its blocks by now, a run takes them as it goes on.
-        if run is None or run.line is None or run.sampled is not None:
-            self._growth = 0.0
-        else:
-            seconds = run.line.total(self._count)
-            self._growth = self._count * self.decoding.count / self.limits.block_size / seconds if seconds > 0 else 0.0
+        if run is not None and run.line is not None and run.sampled is None:
+            seconds, taken = run.line.total(self._count), self._count * self.decoding.count / self.limits.block_size
+            if seconds > 0:
+                self._growth = taken / seconds
+            most += ceil(taken)
+        if most > self.peak:
+            self.peak = min(most, self.limits.blocks)
 
     def _post_mixed(self, now: float) -> None:
         source = self.source
