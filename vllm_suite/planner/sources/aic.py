@@ -7,6 +7,7 @@ activations by the bytes they move. Host time is not in the tables: it is given,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -70,6 +71,7 @@ class AicSource(LatencySource):
         if any(layer.late for layer in model.layers):
             raise SourceError(f"{model.name}: AIConfigurator knows no SwiftKV layers")
         version = package_version()
+        tables = replace(tables, versions={})  # What this source reads is noted for it alone.
         self.name = f"aic {model.name} on {tables.system}, {tables.framework} {tables.version}, core {version}"
         self.stages, self.outside = parallel.pp, outside or Outside()
         self.uncertainty = uncertainty or (WITH_HOST if step_us else BARE)

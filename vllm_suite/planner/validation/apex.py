@@ -32,10 +32,9 @@ def checks(data: Path, comm: Path | None = None) -> Iterator[Check]:
         data: as ../data's README describes it.
         comm: ``profile/comm/H100-SXM-80GB`` of microsoft/apex_plus; None for what the environment names.
     """
-    yield from _plans(data)
+    yield from plans(data)
     yield from apex_measured.checks(data)
-    named = os.environ.get(PROFILES)
-    yield from _parity(data, comm or (Path(named) if named else None))
+    yield from parity(data, comm)
 
 
 def published(path: Path) -> dict[Scheme, dict[str, Any]]:
@@ -55,7 +54,8 @@ def _runs(data: Path) -> list[Path]:
     return sorted((data / "measured" / "apex_runs").glob("llama70b_8xH100_*.json"))
 
 
-def _plans(data: Path) -> Iterator[Check]:
+def plans(data: Path) -> Iterator[Check]:
+    """A1."""
     what = "plans of Llama-70B on 8 x H100"
     model, quant = load("meta-llama/Llama-3.1-70B")
     ours = list(schemes(Block.of(model, quant), cluster("8xH100-SXM")))
@@ -75,7 +75,10 @@ def requests(path: Path) -> list[Ask]:
     return [Ask(row["StartTimeOffset"] // 1000, row["ContextTokens"], row["GeneratedTokens"]) for row in asked]
 
 
-def _parity(data: Path, comm: Path | None) -> Iterator[Check]:
+def parity(data: Path, comm: Path | None = None) -> Iterator[Check]:
+    """A5; the arguments are those of `checks`."""
+    named = os.environ.get(PROFILES)
+    comm = comm or (Path(named) if named else None)
     what = "APEX's engine on its 26 plans"
     if comm is None:
         yield not_run("A5", what, f"name profile/comm/H100-SXM-80GB of microsoft/apex_plus in {PROFILES}", _ORIGIN)
