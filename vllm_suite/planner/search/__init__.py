@@ -1,0 +1,1 @@
+"""The plans that are possible on a cluster, and the search for the best of them."""

@@ -1,0 +1,124 @@
+"""`Evaluate` by simulation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+from vllm_suite.planner.plan import Plan, Slo
+from vllm_suite.planner.search.horizon import Horizon
+from vllm_suite.planner.search.trial import Trial, Until
+from vllm_suite.planner.simulator.fleet import simulate_plan
+from vllm_suite.planner.simulator.served import Served
+from vllm_suite.planner.simulator.setting import Setting
+from vllm_suite.planner.traces import Workload
+from vllm_suite.planner.workload import Request
+
+
+class _Decided(Exception):
+    """Nothing that is still to come changes the answer."""
+
+
+class _Count:
+    """A sink that counts who met the targets, and stops when the answer is certain or all that count are done.
+
+    A fleet starts empty, which serves the first requests too well. So these speak for nothing, but against it: the
+    targets are met where enough of those that count meet them, and enough of all up to the last of these.
+    """
+
+    def __init__(self, slo: Slo, counted: range, until: Until) -> None:
+        self.slo, self.which, self.until = slo, counted, until
+        self.met = self.missed = self.early = self.filled = 0
+        self.need = math.ceil(slo.attainment * len(counted) - 1e-9)
+        self.spare = math.floor((1 - slo.attainment) * counted.stop + 1e-9)
+        self.ttft: list[float] = []
+        self.tpot: list[float] = []
+        self.latency = 0.0
+
+    @property
+    def seen(self) -> int:
+        """Requests that count and are done."""
+        return self.met + self.missed
+
+    @property
+    def failed(self) -> bool:
+        """Whether too many have missed."""
+        return self.missed > len(self.which) - self.need or self.missed + self.early > self.spare
+
+    def __call__(self, served: Served) -> None:
+        if served.number >= self.which.stop:
+            return
+        ttft, tpot = served.ttft, served.tpot
+        good = self.slo.met(ttft, tpot)
+        if served.number < self.which.start:
+            self.filled += 1
+            self.early += not good
+        else:
+            self.latency += served.latency
+            self.ttft.append(ttft)
+            self.tpot.append(tpot)
+            self.met += good
+            self.missed += not good
+        if self.seen == len(self.which) or (not good and self.until != "end" and self.failed):
+            raise _Decided
+        if good and self.until == "decided" and self.met >= self.need and self.certain:
+            raise _Decided
+
+    @property
+    def certain(self) -> bool:
+        """Whether the targets are met even if all that is to come misses them."""
+        left = self.which.stop - self.seen - self.filled
+        return self.met >= self.need and self.missed + self.early + left <= self.spare
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Plans on a workload.
+
+    Attributes:
+        horizon: how many requests a simulation takes; a shorter trace is repeated.
+        seed: of what the workload draws.
+    """
+
+    setting: Setting
+    workload: Workload
+    slo: Slo
+    horizon: Horizon
+    seed: int = 0
+
+    def requests(self, rate: float) -> list[Request]:
+        """Of one simulation."""
+        count, known = self.horizon.count(rate), self.workload.count
+        return list(self.workload.requests(rate, count, self.seed, repeat=known is not None and known < count))
+
+    def __call__(self, plan: Plan, rate: float, until: Until = "end") -> Trial:
+        """See `Evaluate`."""
+        requests = self.requests(rate)
+        sink = _Count(self.slo, self.horizon.counted([each.arrival for each in requests]), until)
+        with contextlib.suppress(_Decided):
+            simulate_plan(plan, self.setting, requests, sink)
+        met = sink.met >= sink.need and not sink.failed
+        if sink.seen < len(sink.which):
+            # Of a run that was cut short nothing but the answer holds.
+            share = sink.met / sink.seen if sink.seen else 0.0
+            return Trial(rate, share, 0.0, 1.0, met, whole=False)
+        share = sink.met / sink.seen
+        return Trial(
+            rate, share, *interval(sink.met, sink.seen), met, latency=sink.latency / sink.seen,
+            ttft=_quantile(sink.ttft, self.slo.attainment), tpot=_quantile(sink.tpot, self.slo.attainment),
+        )  # fmt: skip
+
+
+def interval(met: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z = 1.96
+    share, spread = met / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _quantile(values: list[float], share: float) -> float:
+    values.sort()
+    return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)]

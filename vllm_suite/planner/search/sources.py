@@ -1,0 +1,171 @@
+"""From ``--source`` to the step times of every pool of a plan, each source made once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm_suite.media.families import Encoder
+from vllm_suite.media.tokens import ImageCost
+from vllm_suite.planner.hardware import Cluster
+from vllm_suite.planner.models import Model, ModelError, Parallel, Quantization, prefill_only
+from vllm_suite.planner.plan import PoolPlan
+from vllm_suite.planner.sources.base import FloatArray, LatencySource, SourceError, Uncertainty
+from vllm_suite.planner.sources.roofline import RooflineSource
+from vllm_suite.planner.sources.steps import DecodeLine, Steps
+from vllm_suite.planner.workload import Item
+
+SOURCES = ("roofline", "tables=FOLDER", "aic", "calibrated=FILE")
+
+Make = Callable[[Model, Quantization, Parallel], LatencySource]
+"""A source for a model as an engine holds it."""
+
+
+class Sources:
+    """Step times of pools. Called with a pool; `encode` gives the seconds of an item on one of its encoders.
+
+    Args:
+        make: see `Make`.
+        model, quant: of the checkpoint; a pool's own formats take precedence.
+        scale: every time is multiplied by it.
+    """
+
+    def __init__(self, make: Make, model: Model, quant: Quantization, cluster: Cluster, *, scale: float = 1.0) -> None:
+        self.make, self.model, self.quant, self.cluster, self.scale = make, model, quant, cluster, scale
+        self._made: dict[tuple[Parallel, Quantization, bool], LatencySource] = {}
+        self._towers: dict[tuple[Parallel, Quantization], RooflineSource] = {}
+        self._items: dict[tuple[Parallel, Quantization, str], float] = {}
+
+    def __call__(self, pool: PoolPlan) -> LatencySource:
+        """Raises SourceError, ModelError: the source does not know this cut."""
+        quant = pool.quant or self.quant
+        key = (pool.parallel, quant, pool.late_kv_only)
+        if key not in self._made:
+            model = prefill_only(self.model) if pool.late_kv_only else self.model
+            made = self.make(model, quant, pool.parallel)
+            self._made[key] = made if self.scale == 1 else Scaled(made, self.scale)
+        return self._made[key]
+
+    def encode(self, pool: PoolPlan, item: Item) -> float:
+        """Seconds of an item alone; by the roofline, whatever the source of steps: no other one knows encoders."""
+        quant = pool.quant or self.quant
+        key = (pool.parallel, quant, item.kind)
+        if key not in self._items:
+            encoder = self.model.encoder
+            if encoder is None:
+                raise SourceError(f"{self.model.name} has no encoder")
+            where = (Parallel(tp=pool.parallel.tp, encoder_data=pool.parallel.encoder_data), quant)
+            if where not in self._towers:
+                self._towers[where] = RooflineSource(self.model, quant, where[0], self.cluster, max_tokens=16)
+            self._items[key] = self.scale * self._towers[where].encode_seconds([item_cost(encoder, item.kind)])
+        return self._items[key]
+
+    def scaled(self, factor: float) -> Sources:
+        """The same with every time multiplied: the ends of an error bar."""
+        return Sources(self.make, self.model, self.quant, self.cluster, scale=self.scale * factor)
+
+    def outside(self) -> dict[str, dict[str, Any]]:
+        """What was asked beyond the sources' ranges, by axis, over all of them."""
+        found: dict[str, dict[str, Any]] = {}
+        for source in self._made.values():
+            for axis, entry in source.outside.report().items():
+                known = found.get(axis)
+                if known is None:
+                    found[axis] = dict(entry)
+                else:
+                    known["steps"] += entry["steps"]
+                    known["furthest"] = max(known["furthest"], entry["furthest"])
+        return found
+
+    @property
+    def uncertainty(self) -> Uncertainty:
+        """The widest of those that were made. Raises SourceError where none was."""
+        if not self._made:
+            raise SourceError("no source was asked yet")
+        return max((source.uncertainty for source in self._made.values()), key=lambda each: each.relative)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources that were made."""
+        return sorted({source.name for source in self._made.values()})
+
+
+class Scaled(LatencySource):
+    """Another source's times multiplied by a factor; its range and its count of what lies outside are the other's."""
+
+    def __init__(self, inner: LatencySource, factor: float) -> None:
+        self.inner, self.factor = inner, factor
+        self.name, self.stages = f"{inner.name} x {factor:g}", inner.stages
+        self.uncertainty, self.outside = inner.uncertainty, inner.outside
+
+    def step_seconds(self, steps: Steps) -> float:
+        """See `LatencySource`."""
+        return self.factor * self.inner.step_seconds(steps)
+
+    def seconds(self, steps: Steps) -> FloatArray:
+        """See `LatencySource`."""
+        return self.factor * self.inner.seconds(steps)
+
+    def stage_seconds(self, steps: Steps) -> float:
+        """See `LatencySource`."""
+        return self.factor * self.inner.stage_seconds(steps)
+
+    def decode_line(self, sequences: int, context: float, longest: float = 0, shortest: float = 0) -> DecodeLine:
+        """See `LatencySource`."""
+        line = self.inner.decode_line(sequences, context, longest, shortest)
+        return replace(line, seconds=self.factor * line.seconds, slope=self.factor * line.slope)
+
+
+def source_maker(text: str, cluster: Cluster) -> Make:
+    """What ``--source`` names.
+
+    Raises:
+        SourceError: no such source, or one without the path that it needs; while it is asked: what it does not know.
+    """
+    kind, _, path = text.partition("=")
+    if kind == "roofline" and not path:
+        return lambda model, quant, parallel: RooflineSource(model, quant, parallel, cluster)
+    if kind == "tables" and path:
+        return _tables(Path(path), cluster)
+    if kind == "aic":
+        return _aic(path, cluster)
+    if kind == "calibrated" and path:
+        return _calibrated(Path(path), cluster)
+    raise SourceError(f"no source {text!r}; there are {', '.join(SOURCES)}")
+
+
+def _tables(folder: Path, cluster: Cluster) -> Make:
+    from vllm_suite.planner.hardware.collectives import Collectives
+    from vllm_suite.planner.sources.tables import TableSource
+
+    if not folder.is_dir():
+        raise SourceError(f"tables: no folder {folder}")
+    collectives = Collectives(cluster)
+    return lambda model, quant, parallel: TableSource(folder, model, parallel, collectives=collectives)
+
+
+def _aic(path: str, cluster: Cluster) -> Make:
+    raise SourceError("the source aic is not part of this version")
+
+
+def _calibrated(path: Path, cluster: Cluster) -> Make:
+    raise SourceError("the source calibrated is not part of this version")
+
+
+@cache
+def item_cost(encoder: Encoder, kind: str) -> ImageCost:
+    """Tiles, patches and tokens of an item by its kind, see `vllm_suite.planner.traces.item_of`."""
+    if kind.endswith("s"):
+        if encoder.sound is None:
+            raise ModelError(f"item {kind}: the model takes no sound")
+        return encoder.sound(float(kind[:-1]))
+    sizes = [int(part) for part in re.split("x", kind)]
+    if len(sizes) == 3:
+        return encoder.video(*sizes)
+    if encoder.image is None:
+        raise ModelError(f"item {kind}: the model takes no images")
+    return encoder.image(*sizes)
