@@ -70,6 +70,7 @@ class Contract:
 def table() -> tuple[Contract, ...]:
     """Every row, in the order of the modules that hold them."""
     from vllm_suite.compat import (
+        contract_calibrate,
         contract_core,
         contract_disagg,
         contract_dler,
@@ -80,6 +81,7 @@ def table() -> tuple[Contract, ...]:
     )
 
     modules = (
+        contract_calibrate,
         contract_core,
         contract_disagg,
         contract_dler,

@@ -153,7 +153,7 @@ class Driver:
 
     def _decoding(self, contexts: list[int], count: int) -> tuple[list[str], dict[str, int]]:
         """Requests that decode, each with about the context asked for in the middle of the steps to come."""
-        lengths = [max(1, min(each - count // 2 - 1, self.window - count - _SPARE)) for each in contexts]
+        lengths = [self._aligned(max(1, min(each - count // 2 - 1, self.window - count - _SPARE))) for each in contexts]
         for slot, length in enumerate(lengths):
             # Blocks of the cache up to the last whole one; the rest of the prompt is computed.
             self._warm(slot, (length - 1) // self.block * self.block)
@@ -165,6 +165,13 @@ class Driver:
             found, _details = self._step()
             tokens.update((name, found[name]) for name in names if name in found)
         return names, tokens
+
+    def _aligned(self, length: int) -> int:
+        """A length near to it of which the cache holds all but one token: what is not in whole blocks is computed."""
+        if length <= self.block:
+            return length
+        nearest = round((length - 1) / self.block) * self.block + 1
+        return nearest if nearest <= self.window - 2 * _SPARE else nearest - self.block
 
     def _settle(self, names: list[str], tokens: dict[str, int]) -> None:
         """A step without prompts, so that the next one with a prompt is counted from a steady state."""

@@ -1,0 +1,286 @@
+"""The calibration's grid, fit, file and source, on steps whose times are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_suite.planner.calibrate.design import Cell, Range, grid, order
+from vllm_suite.planner.calibrate.engines import gathered
+from vllm_suite.planner.calibrate.file import Calibration, load
+from vllm_suite.planner.calibrate.fit import Measured, cross_validated, fit, knots_of, nonnegative, relative_errors
+from vllm_suite.planner.calibrate.measure import Options, fitted
+from vllm_suite.planner.calibrate.model import StepModel
+from vllm_suite.planner.calibrate.serving import Probe, decode_seconds, fit_serving, prompt_seconds
+from vllm_suite.planner.sources.base import Outside, SourceError
+from vllm_suite.planner.sources.calibrated import CalibratedSource
+from vllm_suite.planner.sources.steps import Steps
+
+LIMITS = Range(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=2048, kv_tokens=65_536, block=128)
+# A weight-bound start, then arithmetic: flat up to 16 tokens, a millisecond a token from there on.
+TRUE = StepModel(
+    knots=(1.0, 16.0, 512.0), slopes=(1e-5, 1e-3), constant=0.02, chunk=3e-4, before=2e-6, pair=4e-7, sequence=2e-4,
+    key=1e-6,
+)  # fmt: skip
+
+
+def measured(model: StepModel = TRUE, noise: float = 0.0, seed: int = 0) -> list[Measured]:
+    draw = np.random.default_rng(seed)
+    return [
+        Measured(
+            cell.name, cell.sums(), model.step_seconds(cell.sums()) * float(np.exp(noise * draw.standard_normal()))
+        )
+        for cell in grid(LIMITS)
+    ]
+
+
+def calibration(noise: float = 0.0, slower: float | None = None) -> Calibration:
+    cells = measured(noise=noise)
+    options = Options(model="m", device="cpu")
+    beside = None
+    if slower is not None:
+        scaled = [Measured(each.name, each.steps, each.seconds * slower) for each in cells]
+        beside = fitted(scaled, knots_of(cells), options)
+    return Calibration(
+        model="m", device="cpu", machine="here", engine={"max_num_seqs": 16}, facts={"block_size": 128},
+        alone=fitted(cells, knots_of(cells), options), beside=beside, grid=[],
+    )  # fmt: skip
+
+
+# -- grid
+
+
+def test_the_grid_keeps_to_the_limits_and_reaches_them() -> None:
+    cells = grid(LIMITS)
+    assert max(cell.tokens for cell in cells) == 512
+    assert max(len(cell.contexts) for cell in cells) == 16
+    assert all(before % LIMITS.block == 0 for cell in cells for _, before in cell.chunks)
+    longest = max(
+        [*(context for cell in cells for context in cell.contexts), *(sum(c) for x in cells for c in x.chunks)]
+    )
+    assert LIMITS.max_model_len - 256 < longest < LIMITS.max_model_len
+    assert all(4 * (sum(cell.contexts) + sum(map(sum, cell.chunks))) <= LIMITS.kv_tokens for cell in cells)
+    kinds = {(bool(cell.contexts), bool(cell.chunks)) for cell in cells}
+    assert kinds == {(True, False), (False, True), (True, True)}
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_a_window_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_model_len 256 with blocks of 128"):
+        grid(Range(16, 512, 256, 65_536, 128))
+
+
+def test_every_cycle_has_every_cell_once_and_its_own_order() -> None:
+    found = order(20, 3, seed=1)
+    cycles = [found[at : at + 20] for at in (0, 20, 40)]
+    assert all(sorted(cycle) == list(range(20)) for cycle in cycles)
+    assert cycles[0] != cycles[1] != list(range(20))
+
+
+def test_medians_leave_out_steps_that_held_something_else() -> None:
+    cells = [Cell(contexts=(100, 300))]
+    rows: list[dict[str, Any]] = [
+        {"cell": 0, "seconds": value, "contexts": contexts, "as_asked": asked}
+        for value, contexts, asked in ((1.0, [99, 299], True), (9.0, [1, 1], False), (3.0, [101, 301], True))
+    ]
+    [found], odd = gathered(cells, rows)
+    assert (found.seconds, found.samples, odd) == (2.0, 2, 1)
+    assert found.steps == Steps(0, 0, 0, 0, 2, 400.0, 300.0, 100.0)
+    with pytest.raises(SourceError, match="none of 1 measured steps"):
+        gathered(cells, rows[1:2])
+
+
+# -- fit
+
+
+def test_least_squares_meet_the_conditions_of_the_optimum() -> None:
+    draw = np.random.default_rng(3)
+    matrix, target = draw.random((40, 7)), draw.standard_normal(40)
+    found = nonnegative(matrix, target)
+    gradient = matrix.T @ (matrix @ found - target)
+    assert (found >= 0).all()
+    assert (found == 0).any()
+    assert np.abs(gradient[found > 0]).max() < 1e-9
+    assert gradient[found == 0].min() > -1e-9
+
+
+def test_a_known_model_is_found_again() -> None:
+    cells = measured()
+    model = fit(cells, TRUE.knots)
+    assert np.allclose(model.vector, TRUE.vector, rtol=1e-6, atol=1e-12)
+    # With the knots of the grid in place of the true ones the times are the same.
+    assert np.abs(relative_errors(fit(cells), cells)).max() < 1e-6
+
+
+def test_errors_are_relative() -> None:
+    """A cell of a tenth of a second and one of a hundredth, off by as many percent, count alike."""
+    flat = Steps(0, 0, 0, 0, 1, 0)
+    cells = [Measured("a", flat, 0.01)] * 4 + [Measured("b", flat, 0.02)] * 4
+    found = fit(cells, (1.0, 2.0)).step_seconds(flat)
+    # The minimum of sum((x / t - 1)²) lies nearer to the smaller time than their mean.
+    assert found == pytest.approx((4 / 0.01 + 4 / 0.02) / (4 / 0.01**2 + 4 / 0.02**2))
+
+
+def test_held_out_errors_are_larger_than_the_residuals_and_as_large_as_the_noise() -> None:
+    cells = measured(noise=0.05)
+    residual = float(np.abs(relative_errors(fit(cells), cells)).mean())
+    found = cross_validated(cells)
+    assert residual < found.mean
+    assert 0.03 < found.mean < 0.09
+    assert found.mean < found.p90 < abs(found.worst)
+    assert found.cells == len(cells)
+    assert found.worst_cell in {cell.name for cell in cells}
+
+
+def test_a_left_out_cell_is_not_seen() -> None:
+    """One cell is ten times as slow as the form allows: only where it is left out its error is that large."""
+    cells = measured()
+    odd = next(place for place, cell in enumerate(cells) if cell.steps.decode_sequences == 4)
+    cells[odd] = Measured("odd", cells[odd].steps, cells[odd].seconds * 10)
+    found = cross_validated(cells)
+    assert found.worst_cell == "odd"
+    assert found.worst == pytest.approx(-0.9, abs=0.03)
+
+
+def test_too_few_cells_are_refused() -> None:
+    with pytest.raises(SourceError, match="5 measured cells; a fit needs at least 8"):
+        fit(measured()[:5])
+
+
+# -- source
+
+
+def test_one_step_an_array_and_a_line_agree() -> None:
+    source = CalibratedSource(calibration(), outside=Outside("refuse"))
+    cells = [cell.sums() for cell in grid(LIMITS)]
+    columns = Steps(*(np.array(column, dtype=float) for column in zip(*cells, strict=True)))
+    each = [source.step_seconds(steps) for steps in cells]
+    assert np.allclose(source.seconds(columns), each, rtol=1e-12)
+    assert np.allclose(each, [TRUE.step_seconds(steps) for steps in cells], rtol=1e-6)
+    assert source.step_seconds(Steps()) == 0.0
+    line = source.decode_line(4, 1200)
+    for index in (0, 1, 50):
+        assert line.seconds + line.slope * index == pytest.approx(
+            source.step_seconds(Steps(0, 0, 0, 0, 4, 1200 + 4 * index))
+        )
+
+
+def test_a_line_ends_where_the_grid_does() -> None:
+    source = CalibratedSource(calibration())
+    high = source.bounds.context_high
+    line = source.decode_line(2, 2 * high - 20)
+    assert line.steps == 11
+    last = Steps(0, 0, 0, 0, 2, 2 * high)
+    assert line.seconds + line.slope * 10 == pytest.approx(source.step_seconds(last))
+    with pytest.raises(SourceError, match="mean context"):
+        source.decode_line(2, 2 * high + 2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "axis"),
+    [
+        (Steps.of([(600, 0)]), "tokens in a step"),
+        (Steps.of([(128, 1900)]), "tokens before a prompt chunk"),
+        (Steps.of(contexts=[100] * 17), "decoding sequences"),
+        (Steps.of(contexts=[2040]), "mean context"),
+        (Steps.of(contexts=[1]), "mean context"),
+        (Steps.of([(8, 0)] * 9), "prompt chunks"),
+    ],
+)
+def test_beyond_the_grid_it_refuses_or_counts(steps: Steps, axis: str) -> None:
+    found = calibration()
+    with pytest.raises(SourceError, match=axis):
+        CalibratedSource(found).step_seconds(steps)
+    with pytest.raises(SourceError, match=axis):
+        CalibratedSource(found).seconds(Steps(*(np.array([float(each)]) for each in steps)))
+    clamping = CalibratedSource(found, outside=Outside("clamp"))
+    alone = clamping.step_seconds(steps)
+    [(name, count)] = clamping.outside.counts.items()
+    assert name.startswith(axis)
+    assert count == 1
+    assert 0 < alone < 2 * TRUE.step_seconds(steps)
+    assert clamping.seconds(Steps(*(np.array([float(each)]) for each in steps)))[0] == pytest.approx(alone)
+
+
+def test_a_clamped_line_is_what_single_steps_are() -> None:
+    source = CalibratedSource(calibration(), outside=Outside("clamp"))
+    high = source.bounds.context_high
+    line = source.decode_line(2, 2 * high + 100)
+    assert (line.slope, line.steps) == (0.0, math.inf)
+    assert line.seconds == source.step_seconds(Steps(0, 0, 0, 0, 2, 2 * high + 900))
+
+
+def test_neighbours_lie_between_alone_and_beside() -> None:
+    found = calibration(slower=1.5)
+    steps = Steps.of([(128, 0)], [500] * 4)
+    alone, half, both = (CalibratedSource(found, neighbours=share).step_seconds(steps) for share in (0.0, 0.5, 1.0))
+    assert both / alone == pytest.approx(1.5, rel=1e-6)
+    assert half == pytest.approx((alone + both) / 2)
+    with pytest.raises(SourceError, match="calibrate with --engines"):
+        CalibratedSource(calibration(), neighbours=0.5)
+
+
+def test_its_uncertainty_is_the_held_out_error() -> None:
+    found = calibration(noise=0.05)
+    source = CalibratedSource(found)
+    assert source.uncertainty.relative == found.alone.held_out.two_thirds > 0.02
+    assert found.alone.held_out.worst_cell in source.uncertainty.origin
+
+
+# -- what is served
+
+
+def test_constants_of_serving_are_found_again() -> None:
+    probe = Probe((16, 96, 480, 900), (1, 2, 4, 8), 1, 512, range(16, 400))
+    gaps = {size: [decode_seconds(TRUE, probe, size) + 0.002 + 0.0005 * size] * 3 for size in probe.batches}
+    first = {}
+    for length in probe.prompts:
+        seconds, steps = prompt_seconds(TRUE, length, 512)
+        assert steps == (1 if length <= 512 else 2)
+        first[length] = [seconds + steps * 0.002 + 0.0005 + 0.01 + 3e-5 * length, 9.0, 0.0]
+    found = fit_serving(first, gaps, probe, TRUE, TRUE, "here")
+    assert found.step_s == pytest.approx(0.002)
+    assert found.sequence_s == pytest.approx(0.0005)
+    assert found.request_s == pytest.approx(0.01)
+    assert found.prompt_token_s == pytest.approx(3e-5)
+    assert found.error == pytest.approx(0.0, abs=1e-9)
+    served = calibration().model_copy(update={"serving": {"here": found}})
+    steps = Steps.of([(64, 0)], [300] * 3)
+    plain, more = CalibratedSource(served), CalibratedSource(served, serving="here")
+    assert more.step_seconds(steps) - plain.step_seconds(steps) == pytest.approx(0.002 + 4 * 0.0005)
+    line = more.decode_line(3, 900)
+    assert line.seconds == pytest.approx(more.step_seconds(Steps(0, 0, 0, 0, 3, 900)))
+    with pytest.raises(SourceError, match="'there' was not measured; there is here"):
+        CalibratedSource(served, serving="there")
+
+
+# -- file
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_a_file_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
+    found = calibration(noise=0.03, slower=1.2)
+    found.save(tmp_path / name)
+    assert load(tmp_path / name) == found
+    steps = Steps.of([(100, 0)], [700])
+    assert CalibratedSource.load(tmp_path / name).step_seconds(steps) == CalibratedSource(found).step_seconds(steps)
+
+
+def test_a_wrong_file_is_named_with_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(SourceError, match=r"c\.yaml"):
+        load(path)
+    data = calibration().model_dump(mode="json")
+    data["alone"]["step"]["key"] = -1.0
+    path.write_text(json.dumps(data))
+    with pytest.raises(SourceError, match=r"alone\.step\.key: Input should be greater"):
+        load(path)
+    data["alone"]["step"] |= {"key": 0.0, "slopes": [0.0]}
+    path.write_text(json.dumps(data))
+    with pytest.raises(SourceError, match="one slope fewer"):
+        CalibratedSource.load(path)
