@@ -71,7 +71,7 @@ def test_coarse_plans_come_first():
     plans = list(made.plans())
     coarse = list(made.plans(0))
     assert plans[: len(coarse)] == coarse
-    defaults = {"any": (256, 8192), "prefill": (256, 8192), "decode": (256, 8192)}
+    defaults = {"any": (1024, 8192), "prefill": (256, 8192), "decode": (1024, 8192)}
     assert all((p.max_num_seqs, p.max_num_batched_tokens) == defaults[p.role] for plan in coarse for p in plan.pools)
     assert all(plan not in set(coarse) for plan in made.plans(1))
     assert sorted(map(repr, plans)) == sorted(repr(plan) for level in range(3) for plan in made.plans(level))

@@ -19,8 +19,8 @@ def place(plan: Plan, cluster: Cluster) -> Plan | None:
     """The plan with the first accelerator of every engine; None where they do not fit without straddling.
 
     Largest engines first, each at the first free place: inside a node where it is not larger than one, else from the
-    start of a node on; on a multiple of its tensor-parallel size where that divides the NVLink domain. Prefill and decode engines of
-    one size take turns, so that every node has some of both and most hand-overs have a partner nearby.
+    start of a node on; on a multiple of its tensor-parallel size where that divides the NVLink domain. Prefill and
+    decode engines of one size take turns, so that every node has some of both and hand-overs have partners nearby.
     """
     node, fast = cluster.device.node.gpus, domain(cluster)
     free = [True] * cluster.gpus

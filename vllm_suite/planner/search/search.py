@@ -173,9 +173,11 @@ class _Search:
 
     def all(self, listed: Sequence[Candidate], progress: Progress | None) -> None:
         """Round after round."""
-        waiting = iter(listed)
+        waiting, size = iter(listed), 2
         while True:
-            chosen = list(islice(self._worth(waiting), ROUND))
+            # Small rounds first: while nobody is best, every plan is measured to the end.
+            chosen = list(islice(self._worth(waiting), size))
+            size = min(ROUND, 2 * size)
             for candidate, plan, assessed in self._simulated(chosen):
                 self._note(candidate, plan, assessed)
             if progress is not None:
@@ -189,9 +191,8 @@ class _Search:
         for candidate in waiting:
             key = (candidate.kind, candidate.level)
             patience = self.effort.patience
-            if (patience is not None and self.failed.get(key, 0) >= patience) or (
-                candidate.level and not self._refined(candidate)
-            ):
+            tired = patience is not None and self.failed.get(key, 0) >= patience
+            if tired or (candidate.level and not self._refined(candidate)):
                 self.result.left += 1
                 self.decided += 1
             elif self.effort.bounds and not self._may_win(candidate):

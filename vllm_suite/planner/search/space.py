@@ -115,7 +115,7 @@ class Space:
         return place(Plan(pools), self.cluster)
 
     def plans(self, level: int | None = None) -> Iterator[Plan]:
-        """Every plan once, coarse levels first, then few pools, then small engines; of one level only where it is given.
+        """Every plan once, coarse levels first, then few pools, then small engines; of one level where it is given.
 
         Raises:
             PlanError: no engine fits at all.
