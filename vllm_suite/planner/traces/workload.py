@@ -79,7 +79,8 @@ class Workload:
             raise TraceError(f"{self.name}: no arrivals were recorded, so a rate above 0 is needed; it is {wanted}")
         rows = self._repeated(seed) if repeat else iter(self.rows(seed))
         if not self.recorded:
-            return self._made(zip(drawn(wanted, self.cv, seed), islice(rows, limit), strict=False), 0.0, 1.0)
+            count = limit if self.count is None or repeat else min(self.count, limit or self.count)
+            return self._made(zip(drawn(wanted, self.cv, seed, count), rows, strict=False), 0.0, 1.0)
         stretch = 1.0 if rate is None else self._own_rate(limit, seed) / wanted
         first = next(rows)
         some = islice(chain([first], rows), limit)
