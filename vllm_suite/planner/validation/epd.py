@@ -219,15 +219,14 @@ def switched(constants: Constants, decode: float, how: Switching | None, *, batc
         if made.ended <= run.end:
             counts[made.source] -= 1
             counts[made.target] += 1
+    size = len(found)
     return SwitchRun(
-        *(sum(values) / len(found) for values in _columns(found)),
+        sum(one.latency for one in found) / size,
+        sum(one.ttft for one in found) / size,
+        sum(one.tpot for one in found) / size,
         (counts["encode"], counts["prefill"], counts["decode"]),
         run,
     )
-
-
-def _columns(found: Sequence[Served]) -> tuple[list[float], list[float], list[float]]:
-    return [one.latency for one in found], [one.ttft for one in found], [one.tpot for one in found]
 
 
 def switching(tables: dict[str, Any]) -> Iterator[Check]:
