@@ -16,12 +16,14 @@ from simulated import ExactSource
 
 from vllm_suite.planner.plan import PlanError, PoolPlan
 from vllm_suite.planner.simulator.clock import Clock
-from vllm_suite.planner.simulator.encoders import Encoder, EncodeStage, Spread, slices
+from vllm_suite.planner.simulator.encode_stage import EncodeStage, Spread, slices
+from vllm_suite.planner.simulator.encoders import Encoder
 from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.handover import Place
 from vllm_suite.planner.simulator.jobs import SimulationError
 from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.simulator.setting import Serving, Setting
+from vllm_suite.planner.simulator.token_cache import TokenCache
 from vllm_suite.planner.sources.transfers import Transfers
 from vllm_suite.planner.workload import Item, Request
 from vllm_suite.router.encode import config, slicing, spread
@@ -258,14 +260,13 @@ def test_the_cache_forgets_what_it_keeps_no_more() -> None:
             Place(0, 0, PoolPlan("encode", 1)),
             clock=clock,
             ended=stage.ended,
-            dropped=stage.dropped,
-            budget=200.0,
+            cache=TokenCache(200.0, stage.dropped),
         )
     )
     for _ in range(50):
         stage.fetched(_admitted(stage, clock))
     assert len(stage._known) == 3
-    assert members[0]._size == 192.0
+    assert members[0].cache.size == 192.0
     assert members[0].drained
 
 

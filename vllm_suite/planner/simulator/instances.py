@@ -59,6 +59,14 @@ class Hosted(Engine):
         # What a run under way has taken since its start is not known here: growth begins anew from what it had.
         self._used -= self.free - free
 
+    def _schedule(self, now: float) -> None:
+        # Where several batches are under way `_proceed` is not in use.
+        self.tally(now)
+        super()._schedule(now)
+        self._used = used = self.limits.blocks - self.free
+        if used > self.peak:
+            self.peak = used
+
     def _proceed(self, now: float) -> None:
         self.tally(now)
         super()._proceed(now)

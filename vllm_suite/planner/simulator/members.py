@@ -8,7 +8,8 @@ from itertools import count
 
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Role
 from vllm_suite.planner.simulator.clock import Clock
-from vllm_suite.planner.simulator.encoders import Encoder, EncodeStage
+from vllm_suite.planner.simulator.encode_stage import EncodeStage
+from vllm_suite.planner.simulator.encoders import Encoder
 from vllm_suite.planner.simulator.engine import Observer
 from vllm_suite.planner.simulator.handover import Lease, Leases, Place
 from vllm_suite.planner.simulator.instances import Hosted, Leg, Receiving
@@ -16,6 +17,7 @@ from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.routing import Instance
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.simulator.step_sources import LastTokens, OwnEncoder
+from vllm_suite.planner.simulator.token_cache import TokenCache
 from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.workload import Item
 
@@ -85,8 +87,7 @@ class Members:
                 clock=self.clock,
                 max_items=pool.max_items,
                 ended=self.stage.ended,
-                dropped=self.stage.dropped,
-                budget=self.setting.serving.encode_pool_bytes,
+                cache=TokenCache(self.setting.serving.encode_pool_bytes, self.stage.dropped),
             )
             self.encoders.append(encoder)
             self.every_encoder.append(encoder)

@@ -90,7 +90,7 @@ class Roles:
             return
         self._leaving, leaving.until = None, now
         if isinstance(leaving, Encoder):
-            leaving.forget()
+            leaving.cache.clear()
         cost, rank, decided = self.switching.cost(switch.source, switch.target), leaving.place.rank, self._decided
 
         def ended(then: float, version: int) -> None:

@@ -74,7 +74,7 @@ class OwnEncoder(Around):
 
     Attributes:
         encoded: items.
-        extra: seconds of the items of the step that is being planned.
+        extra: seconds of the items of the step with prompts that is being planned.
     """
 
     def __init__(self, source: LatencySource, seconds: Callable[[Item], float], keep: int) -> None:
@@ -111,5 +111,8 @@ class OwnEncoder(Around):
 
     def step_seconds(self, steps: Steps) -> float:
         """See `LatencySource`; with the items of the step."""
-        extra, self.extra = self.extra, 0.0
-        return self.inner.step_seconds(steps) + extra
+        return self.inner.step_seconds(steps) + self.extra
+
+    def stage_seconds(self, steps: Steps) -> float:
+        """See `LatencySource`; the encoder runs on the first stage."""
+        return self.inner.stage_seconds(steps) + self.extra
