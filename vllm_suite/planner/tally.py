@@ -93,10 +93,11 @@ class Tally:
         place = np.minimum((arrival / self.width).astype(np.int64), STRETCHES - 1)
         for index, values in enumerate(columns):
             self.sums[:, index] += np.bincount(place, values, STRETCHES)
+        flat = self.counts.reshape(-1)
         for index, values in enumerate(metrics):
             # Requests of one token have no TPOT and no gap.
             some = several if METRICS[index] in ("tpot", "longest_gap") else slice(None)
-            np.add.at(self.counts, (place[some], index, _bins(values[some])), 1)
+            np.add.at(flat, (place[some] * len(METRICS) + index) * _BINS + _bins(values[some]), 1)
 
     def _widen(self) -> None:
         if self.width == 0:

@@ -221,6 +221,10 @@ def test_goodput_does_not_depend_on_n(plan: Plan, slo: Slo, counts: tuple[int, .
         assert each.rate == pytest.approx(best.rate, rel=0.15)
         assert each.per_gpu == each.rate / plan.gpus
     assert best.high / best.low < 1.2
+    # Lengths with a spread of 50 % have a mean that is sure to 1.96 x 50 % / sqrt(n).
+    error = best.outcome.load_error
+    assert error == pytest.approx(0.5 / best.outcome.counted**0.5, rel=0.15)
+    assert best.high - best.low >= 3.9 * error * best.rate
     assert best.outcome.attainment >= 0.9
 
 

@@ -231,6 +231,13 @@ def test_drawn_arrivals_have_rate_and_spread(cv: float) -> None:
     assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.04, abs=1e-9)
 
 
+def test_a_short_draw_has_the_rate_asked_for() -> None:
+    for seed in range(5):
+        arrivals = [each.arrival for each in Workload.synthetic(5, 5).requests(rate=8.0, limit=30, seed=seed)]
+        assert (arrivals[0], len(arrivals)) == (0.0, 30)
+        assert 29 / arrivals[-1] == pytest.approx(8.0)
+
+
 def test_synthetic_lengths_have_mean_and_spread() -> None:
     prompts, outputs = Workload.synthetic(500, 200, cv=0.6, output_cv=0.2).lengths(40_000)
     assert (prompts.mean(), prompts.std() / prompts.mean()) == pytest.approx((500, 0.6), rel=0.02)
