@@ -51,12 +51,21 @@ def test_layers_divide_into_stages_and_parts_into_nodes() -> None:
     for each in schemes(block(), cluster("16xH200")):
         for parts in (each.replicas, each.replicas * each.stages, each.replicas * each.stages * each.attention[0]):
             assert parts in (1, 2, 4, 8, 16)
+    # Three nodes are not cut into two or four.
+    assert {each.replicas for each in schemes(block(), cluster("24xH200"))} <= {1, 3, 6, 12, 24}
+    # Without NVLink six devices are not three pairs.
+    small = block("meta-llama/Llama-3.1-8B")
+    assert {each.replicas for each in schemes(small, cluster("6xL40S"))} == {1, 2}
+    assert {each.replicas for each in schemes(small, cluster("6xH100-SXM"))} == {1, 2, 3, 6}
 
 
 def test_replicas_of_cells_divide_each_other_and_have_no_common_divisor() -> None:
     found = {(each.attention[0], each.feed_forward[0]) for each in schemes(block(), cluster("8xH200"))}
+    # On six devices two and three have no common divisor and do not divide each other.
+    six = {(each.attention[0], each.feed_forward[0]) for each in schemes(block(), cluster("6xH200"))}
     assert (1, 8) in found
-    assert all(min(pair) == 1 for pair in found)
+    assert (3, 1) in six
+    assert all(min(pair) == 1 for pair in found | six)
 
 
 def test_experts_may_stay_whole() -> None:

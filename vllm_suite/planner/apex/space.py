@@ -188,15 +188,14 @@ def schemes(block: Block, cluster: Cluster) -> Iterator[Scheme]:
 
 
 def _even(cluster: Cluster, parts: int) -> bool:
-    """Whether so many parts of one size fit into the nodes, and into the pairs of a node without NVLink."""
-    node = cluster.device.node
+    """Whether so many parts, a divisor of the devices, are whole nodes or equal shares of each.
+
+    Without NVLink a node is a tree of pairs, so its shares are halves of halves.
+    """
     if parts <= cluster.nodes:
         return cluster.nodes % parts == 0
     inside = parts // cluster.nodes
-    per_node = min(node.gpus, cluster.gpus)
-    if parts % cluster.nodes:
-        return False
-    return per_node % inside == 0 if node.nvlink else inside & (inside - 1) == 0 and inside <= per_node
+    return parts % cluster.nodes == 0 and (cluster.device.node.nvlink is not None or inside & (inside - 1) == 0)
 
 
 def _divisors(number: int) -> list[int]:
