@@ -14,6 +14,7 @@ from typing import Protocol
 from vllm_suite.planner.simulator.clock import Clock, Kind
 from vllm_suite.planner.simulator.jobs import Job, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
+from vllm_suite.planner.simulator.pipeline import Pipeline
 from vllm_suite.planner.simulator.scheduler import Scheduler
 from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps, pairs
@@ -96,6 +97,7 @@ class Engine(Scheduler):
         self._count, self._start = 0, 0.0
         self._version, self._idle = 0, True
         self._holding: dict[int, tuple[Job, int]] = {}
+        self._pipeline = Pipeline(self) if source.stages > 1 else None
 
     def accept(self, job: Job, now: float) -> None:
         """A job arrives at this engine.
@@ -109,6 +111,8 @@ class Engine(Scheduler):
             raise SimulationError(
                 f"request {job.number} needs {most} tokens of cache, engine {self.number} has {blocks * size}"
             )
+        if self._pipeline is not None:
+            self._pipeline.accepted()
         self.waiting.push(job, now)
         if self._idle or self.waiting.peek(now) is job:
             self._awake(now)
@@ -140,7 +144,7 @@ class Engine(Scheduler):
             self._idle = False
             self._version += 1
             self.clock.post(now, Kind.WAKE, self.number, self._version, self._wake)
-        elif len(self.running) < self.limits.max_num_seqs:
+        elif self._pipeline is None and len(self.running) < self.limits.max_num_seqs:
             flight, plan = self._flight, self._plan
             if flight is not None and flight.line is not None and (not self._ahead or plan is flight):
                 self._cut_short(now, flight.line)
@@ -161,7 +165,10 @@ class Engine(Scheduler):
         self.clock.post(end, Kind.STEP_END, self.number, self._version, self._finish)
 
     def _wake(self, now: float, version: int) -> None:
-        self._proceed(now)
+        if self._pipeline is not None:
+            self._pipeline.proceed(now)
+        else:
+            self._proceed(now)
 
     def _schedule(self, now: float) -> None:
         """Decide on the next step or run of steps; idle where there is nothing to do."""
@@ -172,11 +179,14 @@ class Engine(Scheduler):
             self._post_run(preempted)
         else:
             self._plan = None
-            if self._flight is None:
+            if self._flight is None and self._pipeline is None:
                 # Nobody is left behind but for blocks that others have yet to fetch.
                 assert preempted or self.kept or not len(self.waiting)
-                self._idle = True
-                self.decoding.longest.clear()
+                self._rest()
+
+    def _rest(self) -> None:
+        self._idle = True
+        self.decoding.longest.clear()
 
     def _post_mixed(self, now: float) -> None:
         """Plan a step with prompts."""
@@ -187,16 +197,22 @@ class Engine(Scheduler):
             attended += pairs(tokens, job.done)
         extremes = decoding.extremes() if decoding.count else (0, 0)
         steps = Steps(total, len(self._chunks), before, attended, decoding.count, decoding.context, *extremes)
+        self._plan = self._single(steps)
+
+    def _single(self, steps: Steps) -> Plan:
         seconds = self.source.step_seconds(steps)
         if self._ahead:
             host = self.source.host_seconds(steps.sequences)
             seconds = max(seconds - host, host)
-        self._plan = Plan(steps, seconds, None, 1)
+        return Plan(steps, seconds, None, 1)
 
     def _post_run(self, preempted: bool) -> None:
         """Plan steps that only decode."""
         decoding, source = self.decoding, self.source
         shape = (decoding.count, decoding.context, *decoding.extremes())
+        if self._pipeline is not None:
+            self._plan = self._single(Steps(0, 0, 0, 0, *shape))
+            return
         line = source.decode_line(*shape)
         if self._ahead:
             line = _hidden(line, source.host_seconds(decoding.count))
@@ -318,6 +334,8 @@ class Engine(Scheduler):
     def _done(self, job: Job, now: float) -> None:
         job.last_token = now
         self.running.pop(job.number, None)
+        if self._pipeline is not None:
+            self._pipeline.finished()
         self.finished(job, now)
 
 

@@ -183,7 +183,7 @@ class Scheduler:
             known = job.prompt + job.generated - flying
             full = known if flying and (job.joined == cohort.step or not self.limits.async_scheduling) else known - 1
             if flying:
-                job.flying = flying
+                job.flying += flying
                 cohort.late.append(job)
                 requeue = left > 0
             else:

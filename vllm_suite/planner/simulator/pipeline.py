@@ -1,0 +1,153 @@
+"""Several batches under way in one engine, one behind the other through its pipeline stages.
+
+The loop is that of vLLM's engine core (vllm/v1/engine/core.py, `step_with_batch_queue`, 0.32): batches are scheduled
+until the queue is full, an empty one takes a place too, and then the oldest is waited for. A request is in one batch at
+a time, so those that decode form as many groups as there are batches; what is left empty are the pipeline's bubbles.
+With `async_scheduling` it is that of vLLM's second model runner: one batch more is under way, and a request is in the
+next batch but so many as there are stages, before its last token is known.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from vllm_suite.planner.simulator.clock import Kind
+from vllm_suite.planner.simulator.decoding import Decoding
+from vllm_suite.planner.simulator.jobs import Job
+
+if TYPE_CHECKING:
+    from vllm_suite.planner.simulator.engine import Engine, Plan
+
+
+class Batch:
+    """A batch under way, or an empty one.
+
+    Attributes:
+        end: when its result is there.
+        start: when it entered the first stage.
+        partial: the job of which it computes a part of the prompt that is not the last.
+    """
+
+    __slots__ = ("cohort", "end", "partial", "plan", "start")
+
+    def __init__(self, cohort: Decoding, plan: Plan | None, start: float, end: float, partial: Job | None) -> None:
+        self.cohort, self.plan, self.start, self.end, self.partial = cohort, plan, start, end, partial
+
+
+class Pipeline:
+    """The batches of one engine.
+
+    Attributes:
+        queue: batches under way, oldest first.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        stages, ahead = engine.source.stages, engine.limits.async_scheduling
+        self._places = stages + 1 if ahead else stages
+        self.queue: deque[Batch] = deque()
+        # Groups of jobs that decode together: ahead, those of every so many steps; else any that is not under way.
+        self._cohorts = [engine.decoding, *(Decoding(engine.limits.block_size) for _ in range(stages - 1))]
+        self._last_end = [0.0] * stages
+        self._free_at = [0.0] * stages
+        self._calls, self._unfinished, self._finished = 0, 0, False
+
+    def accepted(self) -> None:
+        """A job was given to the engine."""
+        self._unfinished += 1
+
+    def finished(self) -> None:
+        """A job left the engine."""
+        self._unfinished -= 1
+        self._finished = True
+
+    def proceed(self, now: float) -> None:
+        """Schedule until a result has to be waited for."""
+        engine, queue, empty = self.engine, self.queue, 0
+        while True:
+            if self._unfinished or self._finished:
+                self._finished = False
+                batch = self._next(now)
+                queue.append(batch)
+                if len(queue) < self._places and (batch.plan is not None or self._unfinished):
+                    continue
+            if not queue or (empty > self._places and all(each.plan is None for each in queue)):
+                # What waits can only be let in by somebody else.
+                queue.clear()
+                engine._rest()
+                return
+            if queue[0].end > now:
+                engine._version += 1
+                engine.clock.post(queue[0].end, Kind.STEP_END, engine.number, engine._version, self._ended)
+                return
+            empty += queue[0].plan is None
+            self._take(now)
+
+    def _ended(self, now: float, version: int) -> None:
+        if version != self.engine._version:
+            return
+        self._take(now)
+        self.proceed(now)
+
+    def _next(self, now: float) -> Batch:
+        """Decide on the next batch and send it on its way."""
+        engine = self.engine
+        cohort = self._choose()
+        self._calls += 1
+        engine.decoding = cohort
+        if engine.limits.async_scheduling and not engine._ghosts:
+            engine._retire()
+        engine._plan = None
+        engine._schedule(now)
+        plan = engine._plan
+        if plan is None:
+            return Batch(cohort, None, now, max(now, self.queue[-1].end if self.queue else 0.0), None)
+        plan.sampled, plan.leaving = engine._apply(1)
+        cohort.flying += 1
+        partial = engine._partial
+        if partial is not None:
+            partial.flying += 1
+        start, end = self._enter(plan, now)
+        return Batch(cohort, plan, start, end, partial)
+
+    def _choose(self) -> Decoding:
+        if self.engine.limits.async_scheduling:
+            return self._cohorts[self._calls % len(self._cohorts)]
+        idle = [cohort for cohort in self._cohorts if not cohort.flying]
+        return next((cohort for cohort in idle if cohort.count), idle[0])
+
+    def _enter(self, plan: Plan, now: float) -> tuple[float, float]:
+        """A batch goes through the stages, each as soon as it and the batch are free; when it enters and leaves."""
+        free_at, source = self._free_at, self.engine.source
+        slowest = source.stage_seconds(plan.steps)
+        if self.engine.limits.async_scheduling:
+            host = source.host_seconds(plan.steps.sequences)
+            slowest = max(slowest - host, host)
+        # The slowest stage is taken to be the last, which has the output head.
+        others = max(0.0, plan.seconds - slowest) / (len(free_at) - 1)
+        start = at = max(now, free_at[0])
+        for stage in range(len(free_at) - 1):
+            at = free_at[stage] = max(at, free_at[stage]) + others
+        at = free_at[-1] = max(at, free_at[-1]) + slowest
+        self.engine.busy += max(plan.seconds, slowest) / len(free_at)
+        return start, at
+
+    def _take(self, now: float) -> None:
+        """The oldest batch has ended: its tokens come out."""
+        batch, engine = self.queue.popleft(), self.engine
+        plan, cohort = batch.plan, batch.cohort
+        if plan is None:
+            return
+        engine.decoding = cohort
+        engine.steps += 1
+        if engine.observer is not None:
+            engine.observer(engine, batch.start, now, 1, plan.steps, None)
+        if batch.partial is not None:
+            batch.partial.flying -= 1
+        cohort.flying -= 1
+        cohort.ended += 1
+        index = self._cohorts.index(cohort)
+        cohort.longest.add(cohort.ended, now - self._last_end[index])
+        self._last_end[index] = now
+        engine._settle(plan, now)
