@@ -6,6 +6,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 
+from vllm_suite.planner.evaluate import evaluate
 from vllm_suite.planner.plan import Plan, Slo
 from vllm_suite.planner.search.horizon import Horizon
 from vllm_suite.planner.search.trial import Trial, Until
@@ -79,6 +80,7 @@ class Simulated:
     Attributes:
         horizon: how many requests a simulation takes; a shorter trace is repeated.
         seed: of what the workload draws.
+        energy: whole trials of plans that meet the targets say joules per token too.
     """
 
     setting: Setting
@@ -86,6 +88,7 @@ class Simulated:
     slo: Slo
     horizon: Horizon
     seed: int = 0
+    energy: bool = False
 
     def requests(self, rate: float) -> list[Request]:
         """Of one simulation."""
@@ -107,7 +110,13 @@ class Simulated:
         return Trial(
             rate, share, *interval(sink.met, sink.seen), met, latency=sink.latency / sink.seen,
             ttft=_quantile(sink.ttft, self.slo.attainment), tpot=_quantile(sink.tpot, self.slo.attainment),
+            energy=self._joules(plan, requests) if self.energy and met else math.nan,
         )  # fmt: skip
+
+    def _joules(self, plan: Plan, requests: list[Request]) -> float:
+        """Per generated token, in a second run to the end."""
+        found = evaluate(plan, self.setting, lambda: requests, self.slo, energy=True).joules_per_token
+        return math.nan if found is None else found
 
 
 def interval(met: int, count: int) -> tuple[float, float]:

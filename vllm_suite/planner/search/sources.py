@@ -38,6 +38,7 @@ class Sources:
         self.make, self.model, self.quant, self.cluster, self.scale = make, model, quant, cluster, scale
         self._made: dict[tuple[Parallel, Quantization, bool], LatencySource] = {}
         self._towers: dict[tuple[Parallel, Quantization], RooflineSource] = {}
+        self.unknown: dict[str, PoolPlan] = {}
         self._items: dict[tuple[Parallel, Quantization, str], float] = {}
 
     def __call__(self, pool: PoolPlan) -> LatencySource:
@@ -49,6 +50,17 @@ class Sources:
             made = self.make(model, quant, pool.parallel)
             self._made[key] = made if self.scale == 1 else Scaled(made, self.scale)
         return self._made[key]
+
+    def knows(self, pool: PoolPlan) -> bool:
+        """Whether the source has this cut. What it does not know is no part of a space."""
+        if pool.role == "encode":
+            return True
+        try:
+            self(pool)
+        except (SourceError, ModelError) as error:
+            self.unknown.setdefault(str(error), pool)
+            return False
+        return True
 
     def encode(self, pool: PoolPlan, item: Item) -> float:
         """Seconds of an item alone; by the roofline, whatever the source of steps: no other one knows encoders."""

@@ -1,0 +1,78 @@
+"""`vllm-suite plan`: how many accelerators do what, for a model, a workload and targets."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "find the fleet that serves a workload within its targets, by simulation"
+
+_EPILOG = """lengths and arrivals come from --trace, or from --isl and --osl; durations are written as in fleet
+files, 300ms or 1.5s. Exit status: 0 for a plan that meets the targets, 1 where there is none, 2 for bad input.
+See docs/planner/plan.md."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.epilog = _EPILOG
+    group = parser.add_argument_group("what is served, on what")
+    group.add_argument(
+        "--model", required=True, metavar="M", help="a known name, a checkpoint folder or its config.json"
+    )
+    group.add_argument("--gpus", required=True, metavar="NxDEVICE", help="for example 8xH200")
+    group.add_argument("--hardware", type=Path, metavar="FILE", help="YAML of devices of your own")
+    group = parser.add_argument_group("the workload")
+    group.add_argument("--trace", type=Path, metavar="FILE", help="recorded requests")
+    group.add_argument("--format", default="auto", help="of the trace, where it cannot be told (default: %(default)s)")
+    group.add_argument("--isl", type=float, metavar="TOKENS", help="mean length of prompts, without a trace")
+    group.add_argument("--osl", type=float, metavar="TOKENS", help="mean length of outputs, without a trace")
+    group.add_argument("--cv", type=float, default=0.0, help="spread of both lengths: deviation over mean")
+    group.add_argument("--arrival-cv", type=float, default=1.0, help="of the intervals; 1 is a Poisson process")
+    group.add_argument("--rate", type=float, metavar="R", help="requests per second that the plan has to hold")
+    group.add_argument("--images", type=int, default=0, metavar="N", help="pictures in every request, without a trace")
+    group.add_argument("--image-size", default="1024x1024", metavar="WxH", help="in pixels (default: %(default)s)")
+    group = parser.add_argument_group("the targets")
+    group.add_argument("--ttft", metavar="TIME", help="time to first token")
+    group.add_argument("--tpot", metavar="TIME", help="time per output token after the first, mean of a request")
+    group.add_argument("--attainment", type=float, default=0.9, metavar="A", help="share of requests within both (0.9)")
+    group.add_argument(
+        "--objective", choices=("goodput", "cost", "energy", "latency"), default="goodput",
+        help="goodput: highest rate per accelerator; the others at --rate (default: %(default)s)",
+    )  # fmt: skip
+    group = parser.add_argument_group("where step times come from")
+    group.add_argument(
+        "--source", default="roofline", metavar="S", help="roofline, tables=FOLDER, aic or calibrated=FILE"
+    )
+    group = parser.add_argument_group("the search")
+    group.add_argument(
+        "--space", nargs="+", default=[], metavar="NAME=VALUES",
+        help="narrow or widen what is tried: tp=1,2 pp=1 dp=1,8 ep=yes,no kinds=colocated,pd,ea,epd seqs=64,256"
+        " tokens=2048 quant=own,fp8,fp8+kv encode_tp=1 wide_tp=yes idle=yes",
+    )  # fmt: skip
+    group.add_argument("--placement", choices=("high", "low"), help="DistServe's algorithm for the disaggregated plan")
+    group.add_argument("--method", choices=("bounds", "exhaustive", "optuna"), default="bounds",
+                       help="which plans are simulated (default: %(default)s)")  # fmt: skip
+    group.add_argument("--dler", action="store_true", help="the length-aware order of plugin dler in every engine")
+    group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="that every engine has to hold")
+    group.add_argument("--requests", type=int, default=2000, help="of a simulation at least (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    group.add_argument("--processes", type=int, metavar="N", help="default: one per core")
+    group.add_argument("--time-limit", metavar="TIME", help="then the best plan so far is taken")
+    group.add_argument("--state", type=Path, metavar="FILE", help="keeps what was found; the same search goes on there")
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", type=Path, metavar="FLEET.yaml", help="the plan as a file for `vllm-suite up`")
+    group.add_argument("--json", type=Path, metavar="FILE", help="everything in the report and more")
+    group.add_argument("--html", type=Path, metavar="FILE", help="the report with pictures (extra `plots`)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 for a plan that meets the targets, 1 where there is none, 2 on bad input."""
+    try:
+        from vllm_suite.planner.report.command import plan
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        print("vllm-suite plan: numpy is missing; pip install 'vllm-suite[planner]'", file=sys.stderr)
+        return 2
+    return plan(args)

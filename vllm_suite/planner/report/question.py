@@ -1,0 +1,125 @@
+"""From command-line arguments to a `Case`, with errors that say what, where and what to do."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from itertools import islice
+from pathlib import Path
+
+from vllm_suite.fleet.units import parse_duration_ms
+from vllm_suite.planner.hardware import HardwareError, cluster
+from vllm_suite.planner.models import Model, ModelError, load
+from vllm_suite.planner.plan import PlanError, Slo
+from vllm_suite.planner.search.case import Case
+from vllm_suite.planner.search.choices import Choices
+from vllm_suite.planner.search.sources import Sources, source_maker
+from vllm_suite.planner.search.state import StateError
+from vllm_suite.planner.simulator.setting import Setting
+from vllm_suite.planner.sources.base import SourceError
+from vllm_suite.planner.traces import TraceError, Workload, item_of, synthetic
+from vllm_suite.planner.traces import load as load_trace
+
+
+class InputError(ValueError):
+    """An argument that cannot be used. `KINDS` are all errors that bad input raises."""
+
+    KINDS: tuple[type[Exception], ...] = ()
+
+
+InputError.KINDS = (InputError, ModelError, HardwareError, TraceError, PlanError, SourceError, StateError, OSError)
+
+
+def question(args: argparse.Namespace) -> Case:
+    """What is asked. Raises one of `InputError.KINDS`."""
+    model, stored = load(args.model)
+    hardware = cluster(args.gpus, args.hardware)
+    slo = Slo(_seconds("--ttft", args.ttft), _seconds("--tpot", args.tpot), args.attainment)
+    if not 0 < args.attainment < 1:
+        raise InputError(f"--attainment is a share above 0 and below 1, not {args.attainment:g}")
+    if slo.ttft is None and slo.tpot is None:
+        raise InputError("give a target: --ttft, --tpot or both, for example --ttft 300ms --tpot 30ms")
+    if args.rate is not None and not args.rate > 0:
+        raise InputError(f"--rate is requests per second above 0, not {args.rate:g}")
+    if args.requests < 100:
+        raise InputError(f"--requests {args.requests}: fewer than 100 say nothing about a share of requests")
+    workload = _workload(args, model)
+    rate = args.rate if args.rate is not None else workload.rate
+    if args.objective != "goodput" and rate is None:
+        raise InputError(f"--objective {args.objective} compares plans at one rate: give --rate, or a trace with times")
+    choices = Choices.parse(args.space, stored)
+    if args.objective in ("cost", "energy", "latency"):
+        # Fewer accelerators than there are may be what is best.
+        choices = choices if any(word.startswith("idle=") for word in args.space) else _idle(choices)
+    sources = Sources(source_maker(args.source, hardware), model, stored, hardware)
+    setting = Setting(
+        model, stored, hardware, sources, encode_seconds=sources.encode if workload.items else None,
+        queue=_length_aware() if args.dler else None,
+    )  # fmt: skip
+    name = str(Path(args.model).parent) if args.model.endswith(".json") else args.model
+    case = Case(
+        name, model, stored, hardware, workload, slo, args.objective, rate, sources, setting, choices,
+        asked=args.rate is not None, requests=args.requests, seed=args.seed, source=args.source,
+        longest=args.max_model_len, dler=args.dler,
+    )  # fmt: skip
+    _check_lengths(case)
+    return case
+
+
+def _idle(choices: Choices) -> Choices:
+    from dataclasses import replace
+
+    return replace(choices, idle=True)
+
+
+def _seconds(name: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        found = parse_duration_ms(text) / 1000
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+    if found <= 0:
+        raise InputError(f"{name}: {text} is not above 0")
+    return found
+
+
+def _workload(args: argparse.Namespace, model: Model) -> Workload:
+    if args.trace is not None:
+        if args.isl is not None or args.osl is not None or args.images:
+            raise InputError("--trace has lengths of its own: leave --isl, --osl and --images")
+        found = load_trace(args.trace, args.format)
+        if found.rate is None and args.rate is None and args.objective != "goodput":
+            raise InputError(f"{args.trace}: no arrivals were recorded; give --rate")
+        return found
+    if args.isl is None or args.osl is None:
+        raise InputError("give --trace FILE, or mean lengths: --isl and --osl in tokens")
+    items = ()
+    if args.images:
+        if model.encoder is None:
+            raise InputError(f"--images: {args.model} has no encoder that is known")
+        if args.images < 0 or re.fullmatch(r"\d+x\d+", args.image_size) is None:
+            raise InputError(
+                f"--images {args.images} --image-size {args.image_size}: a number above 0, and WIDTHxHEIGHT"
+            )
+        items = (item_of(model.encoder, args.image_size),) * args.images
+    longest = args.max_model_len or model.longest
+    return synthetic(
+        args.isl, args.osl, cv=args.cv, rate=args.rate, arrival_cv=args.arrival_cv, items=items, longest=longest
+    )
+
+
+def _check_lengths(case: Case) -> None:
+    """Requests longer than the model is an error: no engine would take them."""
+    most = case.longest or case.model.longest
+    rows = islice(case.workload.rows(case.seed), 100_000 if case.workload.count else 2000)
+    longer = [index for index, row in enumerate(rows) if row.prompt + row.output > most]
+    if longer:
+        raise InputError(
+            f"{case.workload.name}: {len(longer)} requests are longer than {most} tokens, the first of them number"
+            f" {longer[0]}; {case.name} takes no more"
+        )
+
+
+def _length_aware() -> None:
+    raise InputError("--dler: the length-aware order is not part of this simulator yet")
