@@ -17,6 +17,7 @@ from vllm_suite.planner.models import Model, Quantization
 from vllm_suite.planner.models.memory import kv_bytes_per_token, weight_bytes
 from vllm_suite.planner.models.operations import operations, operators
 from vllm_suite.planner.models.sharding import Parallel
+from vllm_suite.planner.observing import PoolOf
 from vllm_suite.planner.plan import Plan, PoolPlan
 from vllm_suite.planner.simulator.engine import Engine
 from vllm_suite.planner.simulator.fleet import FleetRun
@@ -111,14 +112,12 @@ class Load:
 
 
 class Meter:
-    """An observer that adds up what engines draw above idle. Encoders are not observed; see `encoders`."""
+    """An observer that adds up what engines draw above idle. Encoders are not observed; see `joules`."""
 
     def __init__(self, plan: Plan, setting: Setting) -> None:
         power = setting.cluster.device.power
         self.setting, self.span = setting, power.tdp_w - power.idle_w
-        # Engines are numbered through the pools; those that come later, by a change of role, from there on.
-        self._pools = [pool for pool in plan.pools for _ in range(pool.count)]
-        self._by_role = {pool.role: pool for pool in plan.pools}
+        self._plan, self._pool = plan, PoolOf(plan)
         self._loads: dict[PoolPlan, Load] = {}
         self._rows: dict[PoolPlan, list[tuple[float, ...]]] = {}
         self._joules = 0.0
@@ -127,16 +126,10 @@ class Meter:
         self, engine: Engine, start: float, end: float, count: int, steps: Steps, line: DecodeLine | None
     ) -> None:
         """See `engine.Observer`."""
-        rows = self._rows.setdefault(self.pool(engine), [])
+        rows = self._rows.setdefault(self._pool(engine), [])
         rows.append((end - start, count, *steps))
         if len(rows) == _BLOCK:
             self._flush()
-
-    def pool(self, engine: Engine) -> PoolPlan:
-        """The pool that an engine is in."""
-        if engine.number < len(self._pools):
-            return self._pools[engine.number]
-        return self._by_role["prefill" if engine.prefill_only else "decode"]
 
     def _flush(self) -> None:
         for pool, rows in self._rows.items():
@@ -158,7 +151,6 @@ class Meter:
     def joules(self, run: FleetRun) -> float:
         """Above idle, of the whole run; encoders at full power while they are at work."""
         self._flush()
-        encode = run.pools.get("encode")
-        pool = self._by_role.get("encode")
+        encode, pool = run.pools.get("encode"), self._plan.pool("encode")
         extra = self.span * sum(encode.busy) * pool.parallel.gpus if encode is not None and pool is not None else 0.0
         return self._joules + extra
