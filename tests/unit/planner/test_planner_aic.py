@@ -212,6 +212,46 @@ def test_a_closed_loop_at_aiconfigurators_batch(tables: AicTables) -> None:
     assert tpot * 1.08 == pytest.approx(two.tpot, rel=0.02)
 
 
+@needed
+def test_an_encoder_beside_aiconfigurators(tmp_path: Path) -> None:
+    from vllm_suite.planner.sources.aic_encoder import AicEncoder
+
+    engines, package = (importlib.import_module(f"aiconfigurator_core{end}") for end in (".sdk.engine", ""))
+    bundled = Path(str(package.__file__)).parent / "model_configs" / "Qwen--Qwen3-VL-32B-Thinking_config.json"
+    (tmp_path / "config.json").write_text(bundled.read_text())
+    model, quant = load(tmp_path)
+    own = AicTables.of("H200")
+    ours = AicEncoder(model, quant, Parallel(), own)
+    theirs = "Qwen/Qwen3-VL-32B-Thinking"
+    logging.disable(logging.CRITICAL)
+    try:
+        engine = engines.EngineHandle.compile(theirs, "h200_sxm", "vllm", backend_version="0.24.0", tp_size=1)
+        settings = engines.build_model_config(tp_size=1, pp_size=1, attention_dp_size=1, moe_tp_size=1, moe_ep_size=1)
+        listed = engines.build_ops_json(engines.get_model(theirs, settings, "vllm").encoder_ops)
+        assert model.encoder is not None
+        assert model.encoder.image is not None
+        cost = model.encoder.image(1920, 1080)
+        for count in (1, 4):
+            parts = engine.evaluate_ops_json(listed, is_context=True, batch_size=count, s=cost.patches)
+            tower = sum(each[1] for each in parts if "projector" not in each[0])
+            # The projector is left out: it sees a quarter of the rows, which that call does not know.
+            projector = ours._rows(ours.output, ours.tower.projector // ours.output, float(count * cost.tokens))
+            assert (ours.seconds([cost] * count) - projector) * 1e3 == pytest.approx(tower, rel=0.02)
+            assert projector < 0.05 * ours.seconds([cost] * count)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert ours.seconds([]) == 0.0
+    # Four pictures dealt out over four ranks take as long as one.
+    dealt = AicEncoder(model, quant, Parallel(tp=4, encoder_data=True), own)
+    cut = AicEncoder(model, quant, Parallel(tp=4), own)
+    assert dealt.seconds([cost] * 4) == pytest.approx(ours.seconds([cost]))
+    assert ours.seconds([cost]) / 4 < cut.seconds([cost]) < ours.seconds([cost])
+    with pytest.raises(SourceError, match="has no encoder"):
+        AicEncoder(*load(LLAMA), Parallel(), own)
+    with pytest.raises(SourceError, match="encoder's attention of 25 heads of 128 was not measured"):
+        AicEncoder(*load("OpenGVLab/InternVL2-26B"), Parallel(), own)
+
+
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_suite.planner.sources.aic_tables.importlib.util.find_spec", lambda name: None)
     with pytest.raises(SourceError, match=r"pip install 'vllm-suite\[aic\]'"):
