@@ -7,9 +7,6 @@ from typing import Any
 
 import numpy as np
 
-TOKEN_BUDGET = 50_000
-"""Keys of one decode batch, the new tokens included: a constant in DistServe's simulator, whatever the memory holds."""
-
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -89,8 +86,12 @@ class Group:
         )
 
 
-def take(queue: deque[Group], sequences: int, keys: int = TOKEN_BUDGET) -> Group | None:
-    """Remove from the front of a queue what fits, stopping at the first request that does not; None for nothing."""
+def take(queue: deque[Group], sequences: int, keys: int) -> Group | None:
+    """Remove from the front of a queue what fits, stopping at the first request that does not; None for nothing.
+
+    Args:
+        sequences, keys: of the batch at most; keys with the token that each request is about to decode.
+    """
     taken: list[Group] = []
     while queue:
         group = queue[0]

@@ -8,9 +8,9 @@ takes no time and no memory; the vLLM backend is one instance that prefers prefi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -47,6 +47,11 @@ class Placement:
         """As ``2,1|1,2``: tp and pp of prefill, tp and pp of decode; ``4,1`` for the vLLM backend."""
         cuts = [self.prefill] + ([self.decode] if self.decode else [])
         return "|".join(f"{tp},{pp}" for tp, pp in cuts)
+
+    @property
+    def config(self) -> tuple[int, ...]:
+        """As DistServe's search prints it: 1, for segments, before tp and pp of prefill and of decode; or tp, pp."""
+        return (1, *self.prefill, *self.decode) if self.decode else self.prefill
 
 
 @dataclass(frozen=True)
@@ -105,19 +110,43 @@ def simulate(placement: Placement, work: Workload) -> Latencies:
     lives = Lives.of(work.prompt, work.output)
     engine: Backend = "distserve" if placement.decode else "vllm"
     heads = _rings(lives, placement.model, placement.prefill, placement.prefills, engine)
+    _prefill(heads, work)
+    if placement.decode:
+        rings = _rings(lives, placement.model, placement.decode, placement.decodes, engine)
+        # Nothing of decode acts back on prefill, so one comes after the other; equal times keep the instances' order.
+        _decode(rings, sorted((each for ring in heads for each in ring.handed), key=lambda pair: pair[0]))
+    prefilled, ended = np.array(lives.prefilled), np.array(lives.ended)
+    return Latencies(prefilled - work.arrival, (ended - prefilled) / work.output)
+
+
+def simulate_prefill(model: str, cut: tuple[int, int], work: Workload) -> Latencies:
+    """One prefill instance alone; TPOT is 0. Raises as `simulate`."""
+    lives = Lives.of(work.prompt, work.output)
+    _prefill(_rings(lives, model, cut, 1, "distserve"), work)
+    return Latencies(np.array(lives.prefilled) - work.arrival, np.zeros(len(work.arrival)))
+
+
+def simulate_decode(model: str, cut: tuple[int, int], work: Workload) -> Latencies:
+    """One decode instance alone, to which requests come as they arrive; TTFT is 0. Raises as `simulate`."""
+    lives = Lives.of(work.prompt, work.output)
+    _decode(
+        _rings(lives, model, cut, 1, "distserve"), zip(work.arrival.tolist(), range(len(work.arrival)), strict=True)
+    )
+    return Latencies(np.zeros(len(work.arrival)), (np.array(lives.ended) - work.arrival) / work.output)
+
+
+def _prefill(heads: list[Ring], work: Workload) -> None:
     for request, now in enumerate(work.arrival.tolist()):
         _shortest(heads, now, lambda ring: ring.waiting_prefills).prefill(request, now)
     for ring in heads:
         ring.advance()
-    if placement.decode:
-        rings = _rings(lives, placement.model, placement.decode, placement.decodes, engine)
-        # Nothing of decode acts back on prefill, so one comes after the other; equal times keep the instances' order.
-        for now, request in sorted((each for ring in heads for each in ring.handed), key=lambda pair: pair[0]):
-            _shortest(rings, now, lambda ring: ring.waiting_decodes).decode(request, now)
-        for ring in rings:
-            ring.advance()
-    prefilled, ended = np.array(lives.prefilled), np.array(lives.ended)
-    return Latencies(prefilled - work.arrival, (ended - prefilled) / work.output)
+
+
+def _decode(rings: list[Ring], handed: Iterable[tuple[float, int]]) -> None:
+    for now, request in handed:
+        _shortest(rings, now, lambda ring: ring.waiting_decodes).decode(request, now)
+    for ring in rings:
+        ring.advance()
 
 
 def _rings(lives: Lives, model: str, cut: tuple[int, int], count: int, engine: Backend) -> list[Ring]:
@@ -126,7 +155,7 @@ def _rings(lives: Lives, model: str, cut: tuple[int, int], count: int, engine: B
     return [Ring(lives, cost, pp, room, keeps=engine == "vllm") for _ in range(count)]
 
 
-def _shortest(rings: list[Ring], now: float, waiting: Callable[[Ring], Any]) -> Ring:
+def _shortest(rings: list[Ring], now: float, waiting: Callable[[Ring], int]) -> Ring:
     for ring in rings:
         ring.advance(now)
     return min(rings, key=waiting)

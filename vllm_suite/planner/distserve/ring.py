@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_suite.planner.distserve.groups import TOKEN_BUDGET, Group, IntArray, take
+from vllm_suite.planner.distserve.groups import Group, IntArray, take
 from vllm_suite.planner.sources.linear import Coefficients
 from vllm_suite.planner.sources.steps import DecodeLine
 
+TOKEN_BUDGET = 50_000
+"""Keys of one decode batch, the new tokens included: a constant in DistServe's simulator, whatever the memory holds."""
 OVERHEAD_MS, OVERHEAD_PER_TOKEN_MS = 2.0, 1e-4
 """Of every batch in the first stage, called Ray's overhead there."""
 STAGE_MS = 1.0
@@ -133,7 +135,7 @@ class Ring:
             work = self._prompts[stage].popleft() if stage else self._batch()
             duration = self._prefill_ms(work)
         elif self._decodes[stage]:
-            work = take(self._decodes[stage], self._capacity)
+            work = take(self._decodes[stage], self._capacity, TOKEN_BUDGET)
             if work is None:
                 raise ValueError(f"a request of more than {TOKEN_BUDGET} tokens never decodes by DistServe's rules")
             if stage == 0:
