@@ -95,8 +95,8 @@ class Timeline:
         names: list[dict[str, Any]] = []
         for pid, role in enumerate(self._roles, start=1):
             names.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"pool {role}"}})
-        for (pid, tid), role in sorted(self._tracks.items()):
-            names.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": f"{role} {tid}"}})
+        for (pid, tid), name in sorted(self._tracks.items()):
+            names.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": f"{name} {tid}"}})
         names.append({"ph": "M", "name": "process_name", "pid": _REQUESTS, "args": {"name": "requests"}})
         return {
             "traceEvents": names + self._events,

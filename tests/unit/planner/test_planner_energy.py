@@ -118,6 +118,9 @@ def test_idle_accelerators_are_counted() -> None:
     assert two - one > 0.95 * DEVICE.power.idle_w / found[2].tokens_per_s
     watts = two * found[2].tokens_per_s
     assert 2 * DEVICE.power.idle_w < watts < 2 * DEVICE.power.tdp_w
+    quiet = evaluate(APART, SETTING, lambda: WORKLOAD.requests(0.001, 40), Slo(), rate=0.001, energy=True)
+    assert quiet.joules_per_token is not None
+    assert quiet.joules_per_token * quiet.tokens_per_s == pytest.approx(2 * DEVICE.power.idle_w, rel=0.01)
     assert found[1].money_per_million is None
     priced = DEVICE.model_copy(update={"price_per_hour": 3.6})
     dear = Setting(MODEL, QUANT, H100.model_copy(update={"device": priced}), SETTING.source)
