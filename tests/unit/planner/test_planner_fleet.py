@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import ExactSource
 
-from vllm_suite.planner.plan import PlanError, PoolPlan
+from vllm_suite.planner.models import Parallel
+from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.handover import Costs, Links, Place
@@ -215,6 +216,13 @@ def test_two_pools_are_queues_in_tandem() -> None:
     simulate_plan(one, setting(), poisson(12_000, rate, 8, 3, seed=2), sink)
     waits = rate * decode**2 / (2 * (1 - rate * decode))
     assert latency / 12_000 == pytest.approx(prefill + decode + waits, rel=0.03)
+
+
+def test_data_parallel_ranks_have_schedulers_of_their_own() -> None:
+    wide = Plan((PoolPlan("any", 1, Parallel(tp=2, dp=2), max_num_seqs=1, kv_blocks=100),))
+    served, run = serve(wide, setting(), [Request(n, 0.0, 8, 1) for n in range(4)])
+    assert sorted(one.first_token for one in served) == [2.0, 2.0, 4.0, 4.0]
+    assert len(run.pools["any"].busy) == 2
 
 
 def test_what_either_side_has_is_not_computed_or_pulled() -> None:

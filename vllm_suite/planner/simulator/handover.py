@@ -137,7 +137,8 @@ class Costs:
 
     def item(self, source: Place, target: Place, size: float) -> float:
         """Seconds of an encoder's output of so many bytes."""
-        ranks = [range(place.rank, place.rank + place.pool.parallel.gpus) for place in (source, target)]
+        cuts = [(place.rank, place.pool.parallel) for place in (source, target)]
+        ranks = [range(rank, rank + cut.tp * cut.pp) for rank, cut in cuts]
         return self._transfers.seconds(size, ranks[0], ranks[1])
 
 

@@ -45,6 +45,9 @@ class Way:
 class Members:
     """Makes the instances of a plan and keeps those that take work.
 
+    The data-parallel ranks of an engine are instances of their own, whose step times are those with equal work on all
+    of them; that a rank waits for the others, and runs along empty, is not simulated.
+
     Attributes:
         active: instances that take work, by role; without encoders.
         ever: all that there were, for counters.
@@ -70,8 +73,11 @@ class Members:
             row = setting.model.hidden * setting.quant.base_bytes
             self.stage = EncodeStage(self.encoders, setting.serving, self._item_seconds(encode), row)
         for pool in self.plan.pools:
+            cut = pool.parallel
+            # Each data-parallel rank of an engine has a scheduler and a cache of its own.
             for rank in pool.ranks:
-                self.add(pool.role, rank, 0.0)
+                for one in range(cut.dp):
+                    self.add(pool.role, rank + one * cut.tp * cut.pp, 0.0)
 
     def add(self, role: Role, rank: int, now: float) -> None:
         """A new engine of a role begins to take work."""

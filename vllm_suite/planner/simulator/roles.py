@@ -25,6 +25,8 @@ class Roles:
 
     def __init__(self, members: Members, clock: Clock, switching: Switching, more: Callable[[], bool]) -> None:
         sizes = {pool.name: pool.parallel.gpus for pool in members.plan.pools}
+        if any(pool.parallel.dp > 1 for pool in members.plan.pools):
+            raise PlanError("engines of several data-parallel ranks cannot change their roles")
         if len(set(sizes.values())) > 1:
             raise PlanError(f"engines of different sizes cannot change their roles: {sizes}")
         self.members, self.clock, self.switching, self.more = members, clock, switching, more
