@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from common import arguments, positive, scratch, show_table, write_result
-from planner_cpu_fleet import SERVED, Kind, Running, running, spec
 from planner_cpu_predict import Times, colocated, disaggregated
 
 from vllm_suite.fleet.keeper import adopt_orphans
@@ -33,8 +32,9 @@ from vllm_suite.fleet.tiny import TinyConfig, make_tiny_model
 from vllm_suite.fleet.traces import TraceError, load_trace
 from vllm_suite.planner.calibrate.client import Ask, Client
 from vllm_suite.planner.calibrate.file import Calibration
+from vllm_suite.planner.calibrate.fleets import KINDS, SERVED, Kind, Running, running, spec
 from vllm_suite.planner.calibrate.measure import Options, calibrate, show
-from vllm_suite.planner.calibrate.serving import Probe, decode_seconds, first_tokens, prompt_seconds, serving
+from vllm_suite.planner.calibrate.serving import Probe, decode_seconds, measure_fleet, prompt_seconds
 from vllm_suite.planner.workload import Request
 
 SHAPE = TinyConfig(
@@ -50,7 +50,9 @@ ENGINE: dict[str, Any] = {
 }
 MOST = 256
 FIRST_TOKEN, TOKENS = 16, 480
-KINDS: tuple[Kind, ...] = ("colocated", "disaggregated")
+ENV_LENGTHS = "PLANNER_CPU_LENGTHS"  # as `planner_eos` reads it, which imports vLLM
+HERE = str(Path(__file__).resolve().parent)
+END = ("--logits-processors", "planner_eos:EndAtLength", "--disable-uvicorn-access-log")
 FIGURES = ("ttft_mean", "ttft_p99", "tpot_mean", "tpot_p99")
 TOLERANCE = {"mean": 0.10, "p99": 0.20}
 
@@ -117,45 +119,23 @@ async def run(fleet: Running, requests: Sequence[Request]) -> Times:
 
 async def serve_kind(
     kind: Kind, calibration: Calibration, fleet: Running, args: Any, loads: list[list[Request]], rates: list[float]
-) -> tuple[Calibration, dict[str, Any]]:
+) -> tuple[Calibration, list[dict[str, Any]]]:
     """Constants of this fleet, then each load: predicted, and run."""
     both = kind == "colocated"
-    alone = calibration.alone.step.model()
-    together = calibration.beside.step.model() if both and calibration.beside is not None else alone
-    probe = Probe(
-        prompts=(16, 96, 256, 480, 900), batches=(1, 2, 4, 8), width=2 if both else 1,
-        budget=ENGINE["max_num_batched_tokens"], token_ids=range(FIRST_TOKEN, FIRST_TOKEN + TOKENS),
-        repeats=2 if args.quick else 6, seed=len(kind),
-    )  # fmt: skip
-    facts: dict[str, Any] = {}
-    async with Client(fleet.url, SERVED) as client:
-        cpu = fleet.shared_cpu_s()
-        found = await serving(client, probe, together, alone, kind, handed_over=not both, say=say)
-        tokens = sum(probe.batches) * probe.width * probe.output * max(2, probe.repeats // 2)
-        facts["shared_cpu_per_token_s"] = (fleet.shared_cpu_s() - cpu) / tokens
-    if both:
-        short = Probe((96,), (), 1, probe.budget, probe.token_ids, repeats=probe.repeats, seed=5)
-        async with Client(fleet.direct, SERVED) as client:
-            direct = await first_tokens(client, short)
-        async with Client(fleet.url, SERVED) as client:
-            through = await first_tokens(client, Probe(**{**vars(short), "seed": 6}))
-        facts["router_s"] = float(np.median(through[96]) - np.median(direct[96]))
-    calibration = calibration.model_copy(update={"serving": {**calibration.serving, kind: found}})
+    repeats = 3 if args.quick else 10
+    calibration = await measure_fleet(fleet, kind, calibration, width=2 if both else 1, repeats=repeats, say=say)
     if not rates:
         rates += [rate_for(calibration, load, busy) for load, busy in zip(loads, args.busy, strict=True)]
         say(f"rates {rates}")
-    facts["runs"] = []
+    runs = []
     for load, rate in zip(loads, rates, strict=True):
         requests = at_rate(load, rate)
-        if both:
-            predicted = colocated(calibration, requests, MOST)
-        else:
-            predicted = disaggregated(calibration, requests, args.model, facts["shared_cpu_per_token_s"])
+        predicted = colocated(calibration, requests, MOST) if both else disaggregated(calibration, requests, args.model)
         begun, before = time.monotonic(), os.getloadavg()
         measured = await run(fleet, requests)
         say(f"{kind} at {rate:g}/s: {time.monotonic() - begun:.0f} s")
-        facts["runs"].append({"rate": rate, "predicted": predicted, "measured": measured, "load_before": before})
-    return calibration, facts
+        runs.append({"rate": rate, "predicted": predicted, "measured": measured, "load_before": before})
+    return calibration, runs
 
 
 def say(text: str) -> None:
@@ -167,13 +147,14 @@ def compared(facts: dict[str, Any], slo: tuple[float, float]) -> list[dict[str, 
     """Predicted beside measured for every load and plan."""
     rows = []
     for kind in KINDS:
-        for each in facts[kind]["runs"]:
+        for each in facts[kind]:
             ours, real = each["predicted"].figures(slo), each["measured"].figures(slo)
             errors = {name: ours[name] / real[name] - 1 for name in FIGURES}
             within = {name: abs(errors[name]) <= TOLERANCE[name.split("_")[1]] for name in FIGURES}
             rows.append(
                 {"plan": kind, "rate": each["rate"], "predicted": ours, "measured": real, "errors": errors,
-                 "within": within, "busy_predicted": list(each["predicted"].busy), "load_before": each["load_before"]}
+                 "within": within, "busy_predicted": each["predicted"].busy, "outside": each["predicted"].outside,
+                 "load_before": each["load_before"]}
             )  # fmt: skip
     return rows
 
@@ -201,7 +182,9 @@ async def measure(args: Any, calibration: Calibration, loads: list[list[Request]
     rates: list[float] = list(args.rates or [])
     for kind in KINDS:
         say(f"starting the {kind} fleet")
-        async with running(spec(kind, args.model, ENGINE, lengths, folder)) as fleet:
+        env = {"PYTHONPATH": HERE, ENV_LENGTHS: str(lengths)}
+        file = spec(kind, str(args.model), ENGINE, folder, device="cpu", args=END, env=env)
+        async with running(file) as fleet:
             calibration, facts[kind] = await serve_kind(kind, calibration, fleet, args, loads, rates)
     return calibration, facts
 
@@ -209,7 +192,7 @@ async def measure(args: Any, calibration: Calibration, loads: list[list[Request]
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="default: the Azure conversation trace")
-    parser.add_argument("--requests", type=positive, default=150, metavar="N", help="of each run")
+    parser.add_argument("--requests", type=positive, default=180, metavar="N", help="of each run")
     parser.add_argument("--shrink", type=positive, default=5, help="lengths of the trace are divided by this")
     parser.add_argument("--busy", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="shares, one run each")
     parser.add_argument("--rates", type=float, nargs="+", help="requests a second in place of --busy")
@@ -270,14 +253,13 @@ def main(argv: list[str] | None = None) -> int:
             {"rate": one["rate"]}
             | {f"{side}_{name}": [round(float(v), 6) for v in getattr(one[side], name)]
                for side in ("predicted", "measured") for name in ("ttft", "tpot")}
-            for one in facts[kind]["runs"]
+            for one in facts[kind]
         ]
         for kind in KINDS
     }  # fmt: skip
     body = {
         "slo_s": slo, "shrink": args.shrink, "max_tokens": MOST, "engine": ENGINE, "rows": rows, "winners": best,
         "requests": [[(x.number, x.prompt, x.output, round(x.arrival, 4)) for x in load] for load in loads],
-        "facts": {kind: {k: v for k, v in facts[kind].items() if k != "runs"} for kind in KINDS},
         "each": each_request, "calibration": calibration.model_dump(mode="json"),
     }  # fmt: skip
     write_result(args.json, "planner_cpu", body, before)

@@ -21,6 +21,7 @@ from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.pool import simulate
 from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.simulator.setting import Serving, Setting
+from vllm_suite.planner.sources.base import Outside
 from vllm_suite.planner.sources.calibrated import CalibratedSource
 from vllm_suite.planner.workload import Request
 
@@ -34,6 +35,7 @@ class Times:
     ttft: np.ndarray[Any, np.dtype[np.float64]]
     tpot: np.ndarray[Any, np.dtype[np.float64]]
     busy: tuple[float, ...] = ()
+    outside: tuple[dict[str, Any], ...] = ()
 
     def figures(self, slo: tuple[float, float]) -> dict[str, float]:
         """What is compared; `slo` is of TTFT and TPOT."""
@@ -80,7 +82,7 @@ def colocated(calibration: Calibration, requests: Sequence[Request], most: int) 
     )
     share, found = 0.5, Times(np.zeros(0), np.zeros(0))
     for _ in range(_ROUNDS):
-        source = CalibratedSource(calibration, neighbours=share, serving="colocated")
+        source = CalibratedSource(calibration, neighbours=share, serving="colocated", outside=Outside("clamp"))
         route, done = LeastTokens(most), {}
 
         def finished(job: Job, now: float, route: LeastTokens = route, done: dict[int, Job] = done) -> None:
@@ -94,16 +96,12 @@ def colocated(calibration: Calibration, requests: Sequence[Request], most: int) 
         share = sum(busy) / len(busy)
         rows = [done[each.number] for each in requests]
         ttft = np.array([job.ttft + served.request_s + served.prompt_token_s * job.prompt for job in rows])
-        found = Times(ttft, np.array([job.tpot for job in rows]), busy)
+        found = Times(ttft, np.array([job.tpot for job in rows]), busy, (dict(source.outside.report()),))
     return found
 
 
-def disaggregated(calibration: Calibration, requests: Sequence[Request], model: Path, shared_token_s: float) -> Times:
-    """One engine that prefills, one that decodes.
-
-    Args:
-        shared_token_s: CPU seconds of router and client per token, which they take from the prefill engine's core.
-    """
+def disaggregated(calibration: Calibration, requests: Sequence[Request], model: Path) -> Times:
+    """One engine that prefills, one that decodes. Router and client take their time from the prefill engine's core."""
     facts, plain, handed = calibration.facts, calibration.serving["colocated"], calibration.serving["disaggregated"]
     settings = {
         "kv_blocks": facts["blocks"] - 1,
@@ -119,10 +117,18 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
     busy, found = {"prefill": 0.5, "decode": 0.5}, Times(np.zeros(0), np.zeros(0))
     for _ in range(_ROUNDS):
         span = requests[-1].arrival or 1.0
-        slowdown = 1 / (1 - min(0.5, shared_token_s * sum(each.output for each in requests) / span))
+        slowdown = 1 / (1 - min(0.5, handed.shared_token_s * sum(each.output for each in requests) / span))
         sources = {
-            "prefill": CalibratedSource(calibration, neighbours=busy["decode"], serving="colocated", slowdown=slowdown),
-            "decode": CalibratedSource(calibration, neighbours=busy["prefill"], serving="disaggregated"),
+            "prefill": CalibratedSource(
+                calibration,
+                neighbours=busy["decode"],
+                serving="colocated",
+                slowdown=slowdown,
+                outside=Outside("clamp"),
+            ),
+            "decode": CalibratedSource(
+                calibration, neighbours=busy["prefill"], serving="disaggregated", outside=Outside("clamp")
+            ),
         }
         setting = Setting(
             model=shape,
@@ -138,7 +144,8 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
         busy = {role: run.pools[role].busy[0] / run.end for role in ("prefill", "decode")}
         rows = [done[each.number] for each in requests]
         ttft = np.array([each.ttft + plain.request_s + plain.prompt_token_s * each.prompt for each in rows])
-        found = Times(ttft, np.array([each.tpot for each in rows]), (busy["prefill"], busy["decode"]))
+        beyond = tuple(dict(sources[role].outside.report()) for role in ("prefill", "decode"))
+        found = Times(ttft, np.array([each.tpot for each in rows]), (busy["prefill"], busy["decode"]), beyond)
     return found
 
 

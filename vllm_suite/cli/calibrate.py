@@ -6,7 +6,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_suite.planner.calibrate.file import Calibration
+    from vllm_suite.planner.calibrate.fleets import Kind
+    from vllm_suite.planner.calibrate.measure import Options
 
 HELP = "measure how long a real vLLM engine's steps take here, fit a model, and say how far it is off"
 
@@ -33,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engines", type=_positive, default=1, metavar="N",
         help="engines on this machine: each batch is measured with one at work, and again with all (1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--served", nargs="+", choices=("colocated", "disaggregated"), default=(), metavar="FLEET",
+        help="also what a request sees beside the steps: in `colocated` (--engines alike behind the router),"
+        " in `disaggregated` (one prefills, one decodes, NIXL between them)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of each engine, on CPU (1)")
     parser.add_argument("--seconds", type=float, default=180.0, metavar="S", help="for the grid, in each phase (180)")
     parser.add_argument("--dense", type=float, default=1.0, metavar="X", help="grid points per factor of two (1)")
@@ -45,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where a file was written, 1 where the engine failed or too little was measured."""
     from vllm_suite.fleet.devices import visible_gpus
+    from vllm_suite.fleet.process import PortTaken
+    from vllm_suite.fleet.supervisor import StartFailed
+    from vllm_suite.planner.calibrate.client import ServedError
     from vllm_suite.planner.calibrate.engines import EngineFailed
     from vllm_suite.planner.calibrate.measure import Options, calibrate, show
     from vllm_suite.planner.sources.base import SourceError
@@ -63,15 +76,33 @@ def run(args: argparse.Namespace) -> int:
         folder=args.folder,
     )
     try:
-        found = calibrate(options, lambda text: print(text, file=sys.stderr, flush=True))
+        found = calibrate(options, _say)
+        if args.served:
+            found = _served(found, options, args.served)
         for path in filter(None, (args.output, args.json)):
             found.save(path)
-    except (EngineFailed, SourceError, ValueError, OSError) as error:
+    except (EngineFailed, ServedError, StartFailed, PortTaken, SourceError, ValueError, OSError) as error:
         print(f"vllm-suite calibrate: {error}", file=sys.stderr)
         return 1
     print(show(found))
     print(f"wrote {args.output}")
     return 0
+
+
+def _served(found: Calibration, options: Options, kinds: list[Kind]) -> Calibration:
+    import asyncio
+    import tempfile
+
+    from vllm_suite.fleet.keeper import adopt_orphans
+    from vllm_suite.planner.calibrate.serving import served
+
+    adopt_orphans()
+    with tempfile.TemporaryDirectory(prefix="calibrate-") as folder:
+        return asyncio.run(served(found, options, kinds, options.folder or Path(folder), _say))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

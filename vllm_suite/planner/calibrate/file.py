@@ -103,6 +103,8 @@ class Serving(_Part):
         requests: how many requests were measured.
         error: mean absolute error of both on their own measurements, as a share of the time measured.
         via: what stood between client and engine.
+        router_s: how much later a first token comes through the router than from the engine; in `request_s` already.
+        shared_token_s: CPU seconds of router and client per token, on the cores that they share with the engines.
     """
 
     step_s: Seconds
@@ -112,6 +114,8 @@ class Serving(_Part):
     requests: int
     error: float
     via: str
+    router_s: float | None = None
+    shared_token_s: float = 0.0
     points: list[dict[str, Any]] = []
 
 
@@ -120,6 +124,7 @@ class Calibration(_Part):
 
     format: Literal[1] = 1
     model: str
+    path: str = Field(default="", description="where the checkpoint was")
     device: str
     machine: str
     engine: dict[str, Any]

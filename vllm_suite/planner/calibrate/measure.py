@@ -65,7 +65,7 @@ def calibrate(options: Options, say: Callable[[str], None] = lambda text: None) 
 
 
 def _calibrate(options: Options, folder: Path, load: list[float], say: Callable[[str], None]) -> Calibration:
-    jobs = [_job(options, number) for number in range(options.engines)]
+    jobs = [job(options, number) for number in range(options.engines)]
     say(f"starting {options.engines} engine{'s' * (options.engines > 1)} with {options.model}")
     with engines(jobs, folder, environment(options)) as running:
         facts = running[0].facts
@@ -88,6 +88,7 @@ def _calibrate(options: Options, folder: Path, load: list[float], say: Callable[
     fits = {phase: fitted(found, knots, options) for phase, (found, _) in measured.items()}
     return Calibration(
         model=Path(options.model).name,
+        path=options.model,
         device=options.device,
         machine=device_name(),
         engine=options.engine,
@@ -172,7 +173,8 @@ def environment(options: Options) -> dict[str, str]:
     return env
 
 
-def _job(options: Options, number: int) -> dict[str, Any]:
+def job(options: Options, number: int) -> dict[str, Any]:
+    """What the process of an engine is told: arguments, cores, and which token ids to draw prompts from."""
     engine: dict[str, Any] = {"model": options.model, **options.engine}
     cores: list[int] = []
     if options.device == "cpu":
@@ -186,11 +188,11 @@ def _job(options: Options, number: int) -> dict[str, Any]:
         "threads": options.threads,
         "cores": cores,
         "seed": options.seed + number,
-        "token_ids": list(_token_ids(options.model)),
+        "token_ids": list(token_ids(options.model)),
     }
 
 
-def _token_ids(model: str) -> tuple[int, int]:
+def token_ids(model: str) -> tuple[int, int]:
     """Ids that are plain text in common vocabularies, which keep special tokens below 300 or at the end."""
     size = 5000
     try:
@@ -215,6 +217,7 @@ def show(found: Calibration) -> str:
         lines.append(
             f"served, {kind}: {each.step_s * 1e3:.2f} ms a step, {each.sequence_s * 1e3:.2f} ms a token,"
             f" {each.request_s * 1e3:.1f} ms a request, {each.prompt_token_s * 1e6:.1f} us a prompt token"
+            + ("" if each.router_s is None else f"; {each.router_s * 1e3:.1f} ms of that in the router")
         )
     return "\n".join(lines)
 

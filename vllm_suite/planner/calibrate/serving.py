@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_suite.planner.calibrate.client import Ask, Client, Timed
-from vllm_suite.planner.calibrate.file import Serving
+from vllm_suite.planner.calibrate.file import Calibration, Serving
 from vllm_suite.planner.calibrate.fit import nonnegative
+from vllm_suite.planner.calibrate.fleets import SERVED, Kind, Running, running, spec
+from vllm_suite.planner.calibrate.measure import Options, token_ids
 from vllm_suite.planner.calibrate.model import StepModel
 from vllm_suite.planner.sources.base import FloatArray
 from vllm_suite.planner.sources.steps import Steps
@@ -116,7 +119,7 @@ def fit_serving(
     Args:
         decode: the model of steps of the engines while all of them decode.
         prefill: of an engine while the others are idle.
-        handed_over: the first token comes from a decode step on another engine.
+        handed_over: the first token comes from another engine, which computes the prompt's last token again.
     """
     sizes = sorted(gaps)
     seen = np.array([statistics.median(gaps[size]) for size in sizes])
@@ -129,7 +132,7 @@ def fit_serving(
         seconds, steps = prompt_seconds(prefill, length, probe.budget)
         seconds += steps * step_s + sequence_s
         if handed_over:
-            seconds += prefill.step_seconds(Steps(0, 0, 0, 0, 1, length)) + step_s + sequence_s
+            seconds += prefill.step_seconds(Steps.of([(1, length - 1)])) + step_s + sequence_s
         return seconds
 
     engine = np.array([engine_seconds(length) for length in lengths])
@@ -165,22 +168,75 @@ def _affine(size: FloatArray, left: FloatArray, whole: FloatArray) -> tuple[floa
     return float(constant), float(slope)
 
 
-async def serving(
-    client: Client,
-    probe: Probe,
-    decode: StepModel,
-    prefill: StepModel,
-    via: str,
+async def measure_fleet(
+    fleet: Running,
+    kind: Kind,
+    calibration: Calibration,
     *,
-    handed_over: bool = False,
+    width: int,
+    repeats: int = 10,
     say: Callable[[str], None] = lambda text: None,
-) -> Serving:
-    """Measure a running fleet and fit its constants. Raises ServedError."""
-    await first_tokens(
-        client, Probe(probe.prompts, (), 1, probe.budget, probe.token_ids, repeats=1, seed=probe.seed + 7)
+) -> Calibration:
+    """Constants of a running fleet, added to the calibration. Raises ServedError.
+
+    Args:
+        width: engines that decode.
+    """
+    facts, handed_over = calibration.facts, kind == "disaggregated"
+    alone = calibration.alone.step.model()
+    # While all of them decode, each has the others at work beside it.
+    beside = calibration.beside if width > 1 else None
+    decode = alone if beside is None else beside.step.model()
+    budget, most = facts["max_num_batched_tokens"], facts["max_num_seqs"]
+    longest = min(2 * budget, facts["max_model_len"] - 64)
+    probe = Probe(
+        prompts=tuple(sorted({min(longest, size) for size in (16, budget // 5, budget // 2, budget - 32, longest)})),
+        batches=tuple(size for size in (1, 2, 4, 8) if size <= most),
+        width=width,
+        budget=budget,
+        token_ids=range(*token_ids(calibration.path)),
+        repeats=repeats,
+        seed=len(kind),
     )
-    first = await first_tokens(client, probe)
-    gaps = await batch_gaps(client, probe)
-    found = fit_serving(first, gaps, probe, decode, prefill, via, handed_over=handed_over)
-    say(f"{via}: {found.requests} requests, mean error of the constants' fit {found.error:.1%}")
-    return found
+    async with Client(fleet.url, SERVED) as client:
+        await first_tokens(client, replace(probe, repeats=1, seed=probe.seed + 7))
+        first = await first_tokens(client, probe)
+        cpu = fleet.shared_cpu_s()
+        gaps = await batch_gaps(client, probe)
+        tokens = sum(map(len, gaps.values())) / len(gaps) * sum(probe.batches) * width * probe.output
+        shared = (fleet.shared_cpu_s() - cpu) / tokens
+    found = fit_serving(first, gaps, probe, decode, alone, "router", handed_over=handed_over)
+    router_s = None if handed_over else await _router_seconds(fleet, probe)
+    found = found.model_copy(update={"shared_token_s": shared, "router_s": router_s})
+    say(f"{kind}: {found.requests} requests, mean error of the constants' fit {found.error:.1%}")
+    return calibration.model_copy(update={"serving": {**calibration.serving, kind: found}})
+
+
+async def _router_seconds(fleet: Running, probe: Probe) -> float:
+    """How much later the first token comes through the router, in the median."""
+    size = probe.prompts[1]
+    found = {}
+    for seed, url in ((5, fleet.direct), (6, fleet.url)):
+        async with Client(url, SERVED) as client:
+            found[url] = (await first_tokens(client, replace(probe, prompts=(size,), seed=seed)))[size]
+    return statistics.median(found[fleet.url]) - statistics.median(found[fleet.direct])
+
+
+async def served(
+    calibration: Calibration, options: Options, kinds: Sequence[Kind], folder: Path, say: Callable[[str], None]
+) -> Calibration:
+    """Start each kind of fleet with the calibrated engine, measure its constants, stop it.
+
+    Raises:
+        ServedError: a request failed.
+        StartFailed, DeviceError, PortTaken: the fleet cannot be started.
+    """
+    for kind in kinds:
+        count = options.engines if kind == "colocated" else 1
+        say(f"starting the {kind} fleet")
+        file = spec(
+            kind, options.model, options.engine, folder, device=options.device, engines=count, threads=options.threads
+        )
+        async with running(file) as fleet:
+            calibration = await measure_fleet(fleet, kind, calibration, width=count, say=say)
+    return calibration

@@ -1,11 +1,11 @@
-"""Fleets for `planner_cpu.py`, an engine a core: two behind a router, or one that prefills and one that decodes."""
+"""Fleets to measure on: engines of a kind behind the router, or one that prefills and one that decodes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,8 @@ from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.supervisor import Supervisor, supervise
 
 Kind = Literal["colocated", "disaggregated"]
+KINDS: tuple[Kind, ...] = ("colocated", "disaggregated")
 SERVED = "calibrated"
-ENV_LENGTHS = "PLANNER_CPU_LENGTHS"  # as `planner_eos` reads it, which imports vLLM
-HERE = Path(__file__).resolve().parent
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
@@ -40,25 +39,41 @@ class Running:
         return sum(_cpu_s(pid) for pid in self.shared)
 
 
-def spec(kind: Kind, model: Path, engine: dict[str, Any], lengths: Path, folder: Path) -> FleetSpec:
-    """The fleet's file."""
-    first = free_ports(5)
-    pools: dict[str, Any] = {"any": {"replicas": 2}} if kind == "colocated" else {"prefill": {}, "decode": {}}
-    args = ["--logits-processors", "planner_eos:EndAtLength", "--disable-uvicorn-access-log"]
+def spec(
+    kind: Kind,
+    model: str,
+    engine: Mapping[str, Any],
+    folder: Path,
+    *,
+    device: Literal["cpu", "gpu"],
+    engines: int = 2,
+    threads: int = 1,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> FleetSpec:
+    """The fleet's file: `engines` alike behind the router, or one of each role and every prompt handed over.
+
+    Raises:
+        ValueError: an engine argument that a fleet file has no key for.
+    """
+    first = free_ports(1 + 2 * engines + 2)
+    pools: dict[str, Any] = {"any": {"replicas": engines}} if kind == "colocated" else {"prefill": {}, "decode": {}}
+    on_cpu = {"enforce_eager": True} if device == "cpu" else {}
+    local = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
     return FleetSpec.model_validate(
         {
             "name": kind,
-            "model": str(model),
+            "model": model,
             "served_model_name": SERVED,
-            "engine": {**engine, "enforce_eager": True, "generation_config": "vllm", "args": args},
-            "env": {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), ENV_LENGTHS: str(lengths)},
+            "engine": {**on_cpu, **engine, "generation_config": "vllm", "args": list(args)},
+            "env": {**local, **(env or {})},
             "pools": pools,
             "router": {"port": first, "disaggregation": {"min_prompt_tokens": 0, "max_cached_fraction": 1.0}},
             "local": {
                 "first_port": first + 1,
-                "first_side_channel_port": first + 3,
-                "device": "cpu",
-                "start_timeout": "300s",
+                "first_side_channel_port": first + 1 + max(2, engines),
+                "device": device,
+                "cpu_threads": threads,
                 "log_dir": str(folder / kind),
             },
         }
@@ -67,29 +82,34 @@ def spec(kind: Kind, model: Path, engine: dict[str, Any], lengths: Path, folder:
 
 @contextlib.asynccontextmanager
 async def running(fleet: FleetSpec) -> AsyncIterator[Running]:
-    """The fleet, pinned: each engine's processes on a core of its own.
+    """The fleet, on CPU pinned where there are cores enough: each engine's processes on cores of their own.
 
-    With both engines colocated the router and the client may use either core; disaggregated they stay on the core of
-    the prefill engine, so that what they take is taken from one engine, whose share is known.
+    With engines colocated the router and the client may use any core. Disaggregated they stay on the cores of the
+    prefill engine, so that what they take is taken from one engine, whose share is known.
     """
     async with supervise(fleet) as supervisor:
         await supervisor.start()
         *engines, router = supervisor.processes
-        cores = sorted(os.sched_getaffinity(0))
-        with _pinned(supervisor, cores, shared_on_first=fleet.name == "disaggregated"):
-            yield Running(router.launch.url, engines[0].launch.url, (*router.pids(), os.getpid()))
+        found = Running(router.launch.url, engines[0].launch.url, (*router.pids(), os.getpid()))
+        cores, threads = sorted(os.sched_getaffinity(0)), fleet.local.cpu_threads
+        if fleet.local.device != "cpu" or len(cores) < threads * len(engines):
+            yield found
+            return
+        shares = [set(cores[at * threads : (at + 1) * threads]) for at in range(len(engines))]
+        with _pinned(supervisor, shares, shared_on_first=fleet.pools.prefill is not None):
+            yield found
 
 
 @contextlib.contextmanager
-def _pinned(supervisor: Supervisor, cores: Sequence[int], shared_on_first: bool) -> Iterator[None]:
+def _pinned(supervisor: Supervisor, shares: Sequence[set[int]], shared_on_first: bool) -> Iterator[None]:
     *engines, router = supervisor.processes
-    for core, process in zip(cores, engines, strict=False):
+    for cores, process in zip(shares, engines, strict=True):
         for pid in process.pids():
-            _pin(pid, {core})
+            _pin(pid, cores)
     before = os.sched_getaffinity(0)
     if shared_on_first:
         for pid in (*router.pids(), os.getpid()):
-            _pin(pid, {cores[0]})
+            _pin(pid, shares[0])
     try:
         yield
     finally:
