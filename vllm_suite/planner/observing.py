@@ -13,7 +13,7 @@ class PoolOf:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._pools = [pool for pool in plan.pools for _ in range(pool.count)]
+        self._pools = [pool for pool in plan.pools for _ in range(pool.count * pool.parallel.dp)]
         self._by_role = {pool.role: pool for pool in plan.pools}
 
     def __call__(self, engine: Engine) -> PoolPlan:

@@ -78,6 +78,11 @@ def test_prefills_token_may_be_the_clients_first() -> None:
     assert (one.first_token, one.last_token, run.pools["decode"].transfers) == (2.0, 2.0, 0)
 
 
+def test_a_prompt_of_the_shortest_length_is_disaggregated() -> None:
+    (one,), _ = serve(PD, setting(serving=Serving(min_prompt_tokens=8)), [Request(0, 0.0, 8, 3)])
+    assert one.transferred > one.prefilled
+
+
 def test_a_short_prompt_goes_straight_to_decode() -> None:
     (one,), run = serve(PD, setting(serving=Serving(min_prompt_tokens=9)), [Request(0, 0.0, 8, 3)])
     assert (one.prefill_start, one.first_token, one.last_token) == (0.0, 2.0, 4.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from vllm_suite.planner.plan import PoolPlan
 from vllm_suite.planner.simulator.engine import Engine
 from vllm_suite.planner.simulator.jobs import FirstCome, Job, WaitingQueue
 from vllm_suite.planner.simulator.step_sources import OwnEncoder
@@ -35,10 +36,12 @@ class Hosted(Engine):
     """An engine of a pool, which counts how full its cache is.
 
     Attributes:
+        pool: which.
         peak: most blocks taken, at most by a rounding more than there were.
         seen: seconds up to which its cache is counted; when it began, at first.
     """
 
+    pool: PoolPlan
     peak = 0
     seen = 0.0
     _area = _growth = 0.0

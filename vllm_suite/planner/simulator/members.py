@@ -124,7 +124,7 @@ class Members:
             observer=self.observer,
             prefill_only=role == "prefill",
         )
-        engine.seen = instance.since
+        engine.pool, engine.seen = pool, instance.since
         if isinstance(engine, Receiving):
             engine.pull = partial(way.pull, instance)
         return engine
