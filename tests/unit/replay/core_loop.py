@@ -62,6 +62,7 @@ class Core:
         self.decoding: set[str] = set()
         self.live: dict[str, Any] = {}
         self.unfinished = 0
+        self.seconds: list[float] = []
 
     def add(self, index: int) -> None:
         row = self.rows[index]
@@ -104,6 +105,7 @@ class Core:
         if ran:
             self.served.steps += 1
             at, times = self.now, self.stage_times(self.steps_of(orders))
+            self.seconds.append(sum(times))
             self.stages = self.stages or [0.0] * len(times)
             for stage, seconds in enumerate(times):
                 at = self.stages[stage] = max(at, self.stages[stage]) + seconds

@@ -14,6 +14,7 @@ from typing import Protocol
 from vllm_suite.planner.simulator.clock import Clock, Kind
 from vllm_suite.planner.simulator.jobs import Job, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
+from vllm_suite.planner.simulator.lockstep import Lockstep
 from vllm_suite.planner.simulator.pipeline import Pipeline
 from vllm_suite.planner.simulator.scheduler import Scheduler
 from vllm_suite.planner.sources.base import LatencySource
@@ -78,10 +79,12 @@ class Engine(Scheduler):
         waiting: WaitingQueue | None = None,
         observer: Observer | None = None,
         prefill_only: bool = False,
+        lockstep: Lockstep | None = None,
     ) -> None:
         """An idle engine.
 
         Args:
+            lockstep: the group of data-parallel ranks that it is one of.
             finished: called with each job that has its last token, and the time.
             prefill_only: jobs are finished at their first token. Where more are to come, elsewhere, their blocks are
                 kept until `release`.
@@ -98,6 +101,10 @@ class Engine(Scheduler):
         self._version, self._idle = 0, True
         self._holding: dict[int, tuple[Job, int]] = {}
         self._pipeline = Pipeline(self) if source.stages > 1 else None
+        self._lockstep = lockstep
+        self._pace: DecodeLine | None = None
+        if lockstep is not None:
+            lockstep.join(self)
 
     def accept(self, job: Job, now: float) -> None:
         """A job arrives at this engine.
@@ -140,7 +147,10 @@ class Engine(Scheduler):
 
     def _awake(self, now: float) -> None:
         """Something changed that may let a waiting job in."""
-        if self._idle:
+        if self._lockstep is not None:
+            if len(self.running) < self.limits.max_num_seqs:
+                self._lockstep.awake(self, now)
+        elif self._idle:
             self._idle = False
             self._version += 1
             self.clock.post(now, Kind.WAKE, self.number, self._version, self._wake)
@@ -162,7 +172,8 @@ class Engine(Scheduler):
     def _post(self, end: float, count: int) -> None:
         self._count = count
         self._version += 1
-        self.clock.post(end, Kind.STEP_END, self.number, self._version, self._finish)
+        if self._lockstep is None:
+            self.clock.post(end, Kind.STEP_END, self.number, self._version, self._finish)
 
     def _wake(self, now: float, version: int) -> None:
         if self._pipeline is not None:
@@ -260,7 +271,7 @@ class Engine(Scheduler):
         assert flight is not None
         self.busy += now - self._start
         self.steps += count
-        line = flight.line
+        line = flight.line if self._pace is None else self._pace
         longest = now - self._start if line is None else max(line.seconds, line.seconds + line.slope * (count - 1))
         if self.observer is not None:
             self.observer(self, self._start, now, count, flight.steps, line)
