@@ -131,7 +131,7 @@ def make_scheduler(settings: EngineSettings, clock: Callable[[], float] | None =
         additional_config=settings.additional,
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = room.blocks
-    # vLLM's CPU platform turns it off. Its other scheduler, driven a step ahead, leaves out every other step of a request.
+    # vLLM's CPU platform turns it off. Its other scheduler, driven a step ahead, gives a request every second step.
     config.scheduler_config.async_scheduling = settings.ahead
     init_none_hash(sha256)
     spec = FullAttentionSpec(block_size=room.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
@@ -213,7 +213,7 @@ class Worker:
                 raise WorkerError(f"{name}: tokens {known} to {end - count} are skipped")
             if end > known:
                 reached[index] = end
-                self.recomputed += known - end + count
+                self.recomputed += max(0, known - end + count)  # below 0: the prefix cache had some
             else:
                 self.recomputed += count
             if count > 1 or end <= request.num_prompt_tokens:

@@ -10,6 +10,7 @@ of the CPU, so that other work on the machine counts less.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import statistics
@@ -26,7 +27,6 @@ from replay_traces import Row
 from replay_workload import Room
 
 STEP_S = 0.02
-WARM_UP = 300
 
 
 class Lane:
@@ -64,28 +64,34 @@ class Lane:
         return seconds
 
 
-def requests(seed: int) -> Iterator[Row]:
+def requests(seed: int, telling: bool) -> Iterator[Row]:
     """Prompts of 64 to 1,024 tokens, answers of 200 tokens in the mean with a long tail, 20 classes."""
     draw = random.Random(seed)
     while True:
         label = draw.randrange(20)
-        yield Row(0.0, draw.randrange(64, 1024), max(1, int(draw.lognormvariate(4.0 + label / 12, 0.8))), str(label))
+        kind = label if telling else draw.randrange(20)
+        yield Row(0.0, draw.randrange(64, 1024), max(1, int(draw.lognormvariate(4.0 + kind / 12, 0.8))), str(label))
 
 
-def measure(running: int, waiting: int, steps: int, kv_full: bool, policy: str, seed: int = 0) -> dict[str, Any]:
+def measure(
+    running: int, waiting: int, steps: int, kv_full: bool, policy: str, telling: bool, seed: int = 0
+) -> dict[str, Any]:
     """Medians and means of a step's CPU microseconds of both, and their ratio.
+
+    Begins once the requests of the start, when nothing is known of lengths, have begun to run.
 
     Args:
         kv_full: as much KV cache as makes requests give way; else there is plenty.
     """
-    source = requests(seed)
-    rows = [next(source) for _ in range(running + waiting + steps * max(4, running // 20))]
+    source = requests(seed, telling)
+    rows = [next(source) for _ in range(3 * (running + waiting) + steps * max(4, running // 20))]
     room = Room(blocks=running * 45 if kv_full else running * 400, seqs=running)
     settings = EngineSettings(room=room)
     lanes = [Lane(settings, rows, running + waiting), Lane(make_policy(policy, settings)[0], rows, running + waiting)]
-    for _ in range(WARM_UP):
-        for lane in lanes:
+    for lane in lanes:
+        while lane.added < 2 * running + waiting:
             lane.step()
+    added = [lane.added for lane in lanes]
     times: list[list[float]] = [[], []]
     counts: list[list[int]] = [[], []]
     gc.collect()
@@ -102,8 +108,10 @@ def measure(running: int, waiting: int, steps: int, kv_full: bool, policy: str, 
     return {
         "running": [statistics.fmean(each) for each in counts],
         "waiting": [len(lane.scheduler.waiting) for lane in lanes],
+        "classes": "telling" if telling else "alike",
         "kv_full": kv_full,
         "steps": steps,
+        "ended": [(lane.added - before) / steps for lane, before in zip(lanes, added, strict=True)],
         "mean_us": mean,
         "median_us": median,
         "mean_ratio": mean[1] / mean[0],
@@ -116,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--running", type=positive, default=256, metavar="N")
     parser.add_argument("--waiting", type=positive, nargs="+", default=[16, 256, 2000], metavar="N")
     parser.add_argument("--steps", type=positive, default=2000)
+    parser.add_argument("--classes", choices=("alike", "telling"), nargs="+", default=["alike", "telling"])
     parser.add_argument("--policy", default="ours")
     args = parser.parse_args(argv)
     load = os.getloadavg()
@@ -124,21 +133,21 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     results = []
-    for waiting in args.waiting:
-        for kv_full in (False, True):
-            print(
-                f"{args.running} running, {waiting} waiting, KV cache {'full' if kv_full else 'free'}", file=sys.stderr
-            )
-            steps = 200 if args.quick else args.steps
-            results.append({"asked": waiting, **measure(args.running, waiting, steps, kv_full, args.policy)})
+    steps = 200 if args.quick else args.steps
+    for classes, waiting, kv_full in itertools.product(args.classes, args.waiting, (False, True)):
+        print(f"classes {classes}, {waiting} waiting, KV cache {'full' if kv_full else 'free'}", file=sys.stderr)
+        found = measure(args.running, waiting, steps, kv_full, args.policy, classes == "telling")
+        results.append({"asked": waiting, **found})
     show_table(
         "CPU time of a step: schedule and update_from_output",
-        ["waiting", "KV", "running", "vLLM, us", "ours, us", "ratio of means", "ratio of medians"],
+        ["classes", "waiting", "KV", "running", "ended", "vLLM, us", "ours, us", "ratio of means", "ratio of medians"],
         [
             [
+                one["classes"],
                 str(one["asked"]),
                 "full" if one["kv_full"] else "free",
                 f"{one['running'][1]:.0f}",
+                "/".join(f"{each:.2f}" for each in one["ended"]),
                 f"{one['mean_us'][0]:.0f}",
                 f"{one['mean_us'][1]:.0f}",
                 f"{one['mean_ratio']:.3f}",

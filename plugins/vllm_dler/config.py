@@ -56,7 +56,7 @@ class AdaptiveSettings(Section):
 class BoostSettings(Section):
     """Rule ``boost``: requests smaller than most go forward."""
 
-    strength: float = Field(default=0.8, ge=0, description="Scale of the boost, in latencies of the slowest requests.")
+    strength: float = Field(default=0.9, ge=0, description="Scale of the boost, in latencies of the slowest requests.")
     max_boost_s: float = Field(default=300.0, gt=0, description="Seconds that no request goes forward by more than.")
 
 

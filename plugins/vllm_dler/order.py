@@ -45,6 +45,7 @@ class Tracked:
         admitted: when it first began to run.
         cut: whether a cap of its class shortened it.
         room: tokens kept free for it while it runs.
+        alike, turn: what requests with the same expectations have in common, and when that was looked up.
         score, scored: tokens to come for each to compute again, and the age at which that was estimated.
     """
 
@@ -67,6 +68,8 @@ class Tracked:
     admitted: float | None = None
     cut: bool = False
     room: int = 0
+    alike: tuple[tuple[str, ...], int] = ((), 0)
+    turn: int = -1
     score: float = 0.0
     scored: int = -(1 << 30)
     group: Group | None = field(default=None, repr=False)

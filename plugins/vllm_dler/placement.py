@@ -16,7 +16,9 @@ from vllm_suite.lengths import OnlineLengths
 EXACT: tuple[End, ...] = ("stop",)
 CENSORED: tuple[End, ...] = ("length", "repetition", "abort")
 # Waiting requests that are looked at for each that ended.
-_SHARE = 8
+_SHARE = 4
+# Expectations kept for requests that are alike.
+_MOST_ALIKE = 4096
 
 
 class Placement:
@@ -40,10 +42,13 @@ class Placement:
         self._stale = False  # keys of all may have changed
         self._learned = 0  # finished requests that waiting ones do not know of
         self._relearned = now
-        self._alike: dict[tuple[tuple[str, ...], int], float | None] | None = None  # while many are looked at
+        self._alike: dict[tuple[tuple[str, ...], int], float] = {}  # what requests expect when they begin
+        self._alike_learned, self._alike_since = 0, now
 
     def begin_step(self, now: float) -> None:
         """Let waiting requests know what was learned, where it is time."""
+        if self._alike_learned:
+            self._forget_alike(now)
         if self._stale or (self._learned and self._due(now)):
             self._relearn(now)
         elif self._touched:
@@ -77,12 +82,7 @@ class Placement:
         """Output tokens still to come; None where nothing is known."""
         age, group = int(state.request.num_output_tokens), state.group
         if group is None or not group.lengths:
-            if self._alike is None or age:
-                return self.lengths.remaining(state.keys, age, state.cap)
-            alike = (state.keys, state.cap)
-            if alike not in self._alike:
-                self._alike[alike] = self.lengths.remaining(state.keys, 0, state.cap)
-            return self._alike[alike]
+            return self.lengths.remaining(state.keys, age, state.cap) if age else self._at_first(state)
         running = [m.request.num_output_tokens for m in group.members.values() if m is not state]
         return self.lengths.remaining(state.keys, age, state.cap, group=group.name, running=running)
 
@@ -96,6 +96,7 @@ class Placement:
             name = group.name if group is not None else None
             self.lengths.observe(state.keys, tokens, censored=not exact, now=now, group=name)
             self._learned += 1
+            self._alike_learned += 1
         self._touched.discard(state)
         if group is None:
             return ()
@@ -106,6 +107,25 @@ class Placement:
             self.lengths.forget(group.name)
         return unwanted
 
+    def _at_first(self, state: Tracked) -> float | None:
+        """What a request without output expects; as it was worked out for one like it, not long ago."""
+        lengths = self.lengths
+        if state.turn != lengths.turns:
+            state.turn, state.alike = lengths.turns, (lengths.heard(state.keys), state.cap)
+        alike = state.alike
+        found = self._alike.get(alike)
+        if found is None:
+            found = lengths.remaining(alike[0], 0, state.cap)
+            if found is not None and len(self._alike) < _MOST_ALIKE:
+                self._alike[alike] = found
+        return found
+
+    def _forget_alike(self, now: float) -> None:
+        settings = self._settings
+        if self._alike_learned >= settings.relearn_every or now - self._alike_since >= settings.relearn_s:
+            self._alike.clear()
+            self._alike_learned, self._alike_since = 0, now
+
     def _due(self, now: float) -> bool:
         """Whether enough was learned. A long queue is looked at less often, so that what it costs for each request
         that ends stays the same."""
@@ -115,11 +135,10 @@ class Placement:
 
     def _relearn(self, now: float) -> None:
         self._learned, self._stale, self._relearned = 0, False, now
-        self._alike = {}
+        self._alike.clear()
         for queue in self.queues:
             for state in queue.states():
                 self.place(state)
-        self._alike = None
         # Groups' deadlines have settled only now.
         for state in self._touched:
             if state.group is not None:

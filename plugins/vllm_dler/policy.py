@@ -125,7 +125,7 @@ class LengthPolicy:
         self.waits.left(state)
         state.seq, state.arrival = self._arrivals.next(request.arrival_time, self.clock())
         state.key = state.deadline = math.inf
-        state.cap = self._cap(request)
+        state.cap, state.turn = self._cap(request), -1
         state.uncached = max(request.num_prompt_tokens - request.num_computed_tokens, 0)
         state.admitted = state.predicted = None
         state.base = state.evictions = 0

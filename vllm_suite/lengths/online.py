@@ -47,11 +47,16 @@ class _Known:
 
 
 class OnlineLengths:
-    """A `LengthModel` that learns from what it is told. Memory is bounded by the settings."""
+    """A `LengthModel` that learns from what it is told. Memory is bounded by the settings.
+
+    Attributes:
+        turns: grows whenever the answer of `heard` may change for some keys.
+    """
 
     def __init__(self, settings: LengthSettings | None = None) -> None:
         self.settings = settings or LengthSettings()
         self._lock = threading.Lock()
+        self.turns = 0
         self._all = _Known()
         self._keys: OrderedDict[Key, _Known] = OrderedDict()
         self._siblings = Siblings(self.settings.max_groups, self.settings.sibling_correlation)
@@ -97,10 +102,12 @@ class OnlineLengths:
                 if known is None:
                     known = self._keys[name] = _Known()
                     if len(self._keys) > self.settings.max_keys:
-                        self._keys.popitem(last=False)
+                        dropped = self._keys.popitem(last=False)[1]
+                        self.turns += dropped.sketch.count >= self.settings.min_observations
                 else:
                     self._keys.move_to_end(name)
                 self._add(known, tokens, censored, when)
+                self.turns += known.sketch.count == self.settings.min_observations
 
     def remaining(
         self, keys: Sequence[Key], age: int, cap: int, *, group: str | None = None, running: Sequence[int] = ()
@@ -158,6 +165,18 @@ class OnlineLengths:
                 if known is not None and known.sketch.count >= self.settings.min_observations:
                     return index
             return len(keys) if self._all.sketch.bins else None
+
+    def heard(self, keys: Sequence[Key]) -> tuple[Key, ...]:
+        """The keys with enough observations to have a say. Requests with the same ones and the same cap have the same
+        expectations when they begin."""
+        get, least = self._keys.get, self.settings.min_observations
+        heard = []
+        with self._lock:
+            for key in keys:
+                known = get(key if len(key) <= _LONGEST_KEY else _name(key))
+                if known is not None and known.sketch.count >= least:
+                    heard.append(key)
+        return tuple(heard)
 
     def forget(self, group: str) -> None:
         """All samples of the group have ended. Groups that are never forgotten leave by `max_groups`."""
@@ -218,6 +237,7 @@ class OnlineLengths:
                 else:
                     known.sketch.absorb(sketch, half_life_s)
                     known.table = None
+            self.turns += 1
             newest = sorted(self._keys.items(), key=lambda item: (item[1].sketch.last, item[0]))
             self._keys = OrderedDict(newest[-self.settings.max_keys :])
 
@@ -239,6 +259,7 @@ class OnlineLengths:
         everything = _Known(state.all.sketch("all"))
         with self._lock:
             self._all, self._keys = everything, keys
+            self.turns += 1
 
     # With the lock held
 

@@ -63,6 +63,10 @@ class Known:
         self.lengths = dict(lengths)
         self.seen: list[tuple[tuple[str, ...], int, bool]] = []
         self.forgotten: list[str] = []
+        self.turns = 0
+
+    def heard(self, keys: Sequence[str]) -> tuple[str, ...]:
+        return tuple(key for key in keys if key in self.lengths)
 
     def observe(self, keys: Sequence[str], tokens: int, *, censored: bool = False, **_: Any) -> None:
         self.seen.append((tuple(keys), tokens, censored))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -317,7 +318,7 @@ def test_no_boost_until_enough_is_known() -> None:
     rule.arrived(0.0)  # not known, so no part of the mean
     assert rule.offset(1.0) == 0
     rule.finished(40.0)
-    assert rule.offset(1.0) == -64
+    assert rule.offset(1.0) == -72
 
 
 @given(
@@ -355,7 +356,7 @@ def test_the_policy_learns_the_scales() -> None:
         ask.num_output_tokens = 5
         one.begin_step()
         one.finished(ask, ("stop", "length", "repetition")[n % 3])  # type: ignore[arg-type]
-    assert one.report()["gauges"]["boost_seconds"] == [[[], 16.0]]
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 18.0]]
     long, short = of("long", clock.now - 5), of("short", clock.now)
     states = [one.arrived(ask, 0) for ask in (long, short)]
     assert states[1].deadline < states[0].deadline <= long.arrival_time
@@ -363,4 +364,30 @@ def test_the_policy_learns_the_scales() -> None:
     for ask in aborted:
         one.arrived(ask, 0)
         one.finished(ask, "abort")
-    assert one.report()["gauges"]["boost_seconds"] == [[[], 16.0]]
+    assert one.report()["gauges"]["boost_seconds"] == [[[], 18.0]]
+
+
+def test_requests_that_are_alike_are_estimated_once_between_two_looks() -> None:
+    clock, known = Clock(), Known(LENGTHS)
+    asked: list[tuple[str, ...]] = []
+    answer = known.remaining
+
+    def remaining(keys: Sequence[str], age: int, cap: int, **more: Any) -> float | None:
+        asked.append(tuple(keys))
+        return answer(keys, age, cap, **more)
+
+    known.remaining = remaining  # type: ignore[method-assign]
+    one = policy({"relearn_every": 2, "relearn_s": 1e9}, known, clock)
+    first = [one.arrived(of(label, 0.0), 0).predicted for label in ("short", "long", "short", "long", "short")]
+    assert len(asked) == 2
+    assert len(set(first)) == 2
+    ended = [of("short", 0.0) for _ in range(2)]
+    for ask in ended:
+        one.arrived(ask, 0)
+        ask.num_output_tokens = 3
+        one.finished(ask, "stop")
+    known.lengths = dict.fromkeys(known.lengths, 9.0)
+    before = len(asked)
+    one.begin_step()
+    assert one.arrived(of("long", 0.0), 0).predicted == 9.0
+    assert len(asked) > before

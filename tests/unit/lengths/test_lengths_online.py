@@ -257,3 +257,31 @@ def test_threads_observe_and_ask_at_once():
     assert len(made) <= 4
     total = made.to_dict()["all"]
     assert sum(total["exact"]) + sum(total["censored"]) == pytest.approx(6 * 800 + 6 * 4 * 2)
+
+
+def test_heard_are_the_keys_with_enough_observations() -> None:
+    made = OnlineLengths(LengthSettings(min_observations=2))
+    keys = ("a", "b", "x" * 200)
+    made.observe(["b", "x" * 200], 5)
+    assert made.heard(keys) == ()
+    made.observe(["a", "b", "x" * 200], 5)
+    assert made.heard(keys) == ("b", "x" * 200)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["observe", "merge", "restore"]), st.sampled_from("abcdef")), max_size=40),
+    st.integers(1, 3),
+)
+def test_turns_grow_whenever_heard_changes(events: list[tuple[str, str]], least: int) -> None:
+    settings = LengthSettings(min_observations=least, max_keys=3)
+    made, other = OnlineLengths(settings), OnlineLengths(settings)
+    for what, key in events:
+        before, turns = made.heard("abcdef"), made.turns
+        if what == "observe":
+            made.observe([key], 7)
+        elif what == "merge":
+            other.observe([key], 7)
+            made.merge(other)
+        else:
+            made._restore(other._state())
+        assert made.turns > turns or made.heard("abcdef") == before
