@@ -2,8 +2,9 @@
 PY := .venv/bin/python
 TEST_ARGS ?=
 DEMO_ARGS ?=
+VALIDATION_ARGS ?=
 
-.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo demo-epd bench bench-scheduler gpu clean
+.PHONY: help setup lint format test test-all test-unit test-engine test-fleet demo demo-epd bench bench-scheduler planner-validation gpu clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +49,9 @@ bench: setup ## every benchmark, JSON under build/bench
 
 bench-scheduler: setup ## length-aware scheduling beside vLLM's own on recorded requests: hours on 2 cores, resumes
 	$(PY) benchmarks/scheduler_replay.py --seeds 4 --json build/bench/scheduler_replay.json --plot build/bench/scheduler_replay.svg
+
+planner-validation: setup ## the planner beside measurements and other tools, with verdicts; needs VLLM_SUITE_DATA
+	.venv/eval/bin/python benchmarks/planner_validation.py --json build/bench/planner_validation.json $(VALIDATION_ARGS)
 
 gpu: setup ## tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu tests $(TEST_ARGS)
