@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
-from vllm_suite.planner.simulator.jobs import Job, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.jobs import Job, Learner, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
 from vllm_suite.planner.simulator.lockstep import Lockstep
 from vllm_suite.planner.simulator.pipeline import Pipeline
@@ -102,6 +102,7 @@ class Engine(Scheduler):
         self._holding: dict[int, tuple[Job, int]] = {}
         self._pipeline = Pipeline(self) if source.stages > 1 else None
         self._lockstep = lockstep
+        self._learner = self.waiting if isinstance(self.waiting, Learner) and not prefill_only else None
         self._pace: DecodeLine | None = None
         if lockstep is not None:
             lockstep.join(self)
@@ -347,6 +348,8 @@ class Engine(Scheduler):
         self.running.pop(job.number, None)
         if self._pipeline is not None:
             self._pipeline.finished()
+        if self._learner is not None:
+            self._learner.left(job, now)
         self.finished(job, now)
 
 

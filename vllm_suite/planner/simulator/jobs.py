@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from vllm_suite.planner.simulator.decoding import Decoding
@@ -112,6 +112,15 @@ class WaitingQueue(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A waiting queue whose order depends on what it learns from jobs that end."""
+
+    def left(self, job: Job, now: float) -> None:
+        """A job that this engine generated has its last token."""
+        ...
 
 
 class FirstCome:

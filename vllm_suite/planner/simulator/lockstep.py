@@ -1,8 +1,8 @@
 """Data-parallel ranks of a mixture of experts: every step takes as long as that of the slowest rank.
 
-Each rank is an `Engine` with its own scheduler and cache (vllm/v1/engine/core.py, `DPEngineCoreProc`, 0.32). The experts
-are shared, so ranks compute their steps together, and one with nothing to do computes an empty one. The time of a rank's
-step is what the source says for its own batch.
+Each rank is an `Engine` with its own scheduler and cache (vllm/v1/engine/core.py, `DPEngineCoreProc`, 0.32). The
+experts are shared, so ranks compute their steps together, and one with nothing to do computes an empty one. The time of
+a rank's step is what the source says for its own batch.
 """
 
 from __future__ import annotations

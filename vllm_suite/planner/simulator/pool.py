@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.engine import Engine, Limits, Observer
 from vllm_suite.planner.simulator.jobs import Job, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.lockstep import Lockstep
 from vllm_suite.planner.sources.base import LatencySource
 
 # Which engine takes a job that arrives now.
@@ -43,6 +44,7 @@ def simulate(
     *,
     engines: int = 1,
     route: Route = least_loaded,
+    ranks: int = 1,
     queue: Callable[[], WaitingQueue] | None = None,
     observer: Observer | None = None,
 ) -> Pool:
@@ -51,18 +53,29 @@ def simulate(
     Args:
         jobs: in order of arrival; drawn as the clock reaches them.
         finished: a sink, e.g. `Records` or `Summary`.
+        ranks: data-parallel ranks of each engine, in lockstep; arrivals are routed to ranks.
         queue: makes each engine's waiting queue; first come, first served by default.
 
     Returns:
-        The engines, for their counters.
+        The engines, or their ranks, for their counters.
 
     Raises:
         SimulationError: arrivals out of order, or a job that no engine can hold.
     """
     clock = Clock()
+    groups = [Lockstep(clock) if ranks > 1 else None for _ in range(engines)]
     made = [
-        Engine(clock, source, limits, finished, number=index, waiting=queue() if queue else None, observer=observer)
-        for index in range(engines)
+        Engine(
+            clock,
+            source,
+            limits,
+            finished,
+            number=index,
+            waiting=queue() if queue else None,
+            observer=observer,
+            lockstep=groups[index // ranks],
+        )
+        for index in range(engines * ranks)
     ]
     pool = Pool(made, route)
     clock.feed(jobs, pool.accept)

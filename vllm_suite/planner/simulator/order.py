@@ -1,0 +1,159 @@
+"""The length-aware order of the `vllm_dler` plugin, for simulated engines.
+
+``key = arrival + offset(S)``, the smallest first, with ``S`` the expected output and the prompt at a weight; see
+docs/length-aware-scheduling.md. Lengths are learned online from the jobs that end, by label and length of the prompt. A
+key is fixed when a job arrives and falls as more is learned. The plugin's groups, caps, headroom, victims and gate are
+not simulated, nor is a kappa that adapts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from heapq import heapify, heappop, heappush
+from typing import Literal
+
+from vllm_suite.lengths import OnlineLengths
+from vllm_suite.planner.simulator.jobs import Job, SimulationError
+
+# The plugin's defaults: finished jobs, or seconds, after which waiting ones are looked at anew; and waiting ones that
+# are looked at for each that ended.
+_RELEARN_EVERY, _RELEARN_S, _SHARE = 32, 1.0, 8
+# The boost: jobs that its scales look back on, how often, which share of latencies, its shape.
+_WINDOW, _EVERY, _QUANTILE = 256, 16, 0.95
+_STEEPNESS, _MOST = 0.5, 2.0
+
+
+class LengthOrder:
+    """A `WaitingQueue` in which the shorter go first, within bounds.
+
+    Args:
+        rule: `kappa`: ``kappa * S`` seconds; `boost`, the plugin's default: jobs smaller than most go forward by up to
+            ``2 * strength`` times the 95th percentile of latency.
+        kappa: seconds for each token.
+        max_boost_s: nobody goes forward by more.
+        prefill_weight: size of a prompt token in generated ones.
+        max_tokens: that an answer may have.
+        lengths: what is known; each engine of vLLM learns by itself.
+
+    Raises:
+        SimulationError: a rule of another name, or a negative number.
+    """
+
+    def __init__(
+        self,
+        rule: Literal["boost", "kappa"] = "boost",
+        *,
+        kappa: float = 0.02,
+        strength: float = 0.8,
+        max_boost_s: float = 300.0,
+        prefill_weight: float = 0.2,
+        max_tokens: int = 1 << 16,
+        lengths: OnlineLengths | None = None,
+    ) -> None:
+        if rule not in ("boost", "kappa") or min(kappa, strength, max_boost_s, prefill_weight) < 0:
+            raise SimulationError(f"length order: rule {rule!r} is boost or kappa, and its numbers are at least 0")
+        self.rule, self.kappa, self.strength, self.max_boost_s = rule, kappa, strength, max_boost_s
+        self.prefill_weight, self.max_tokens = prefill_weight, max_tokens
+        self.lengths = OnlineLengths() if lengths is None else lengths
+        # (key, number of arrival, job)
+        self._heap: list[tuple[float, int, Job]] = []
+        self._sequence = self._count = 0
+        self._known: dict[int, tuple[float, int]] = {}
+        self._learned, self._relearned = 0, 0.0
+        self._scale = self._mean = 0.0
+        self._sizes: deque[float] = deque(maxlen=_WINDOW)
+        self._latencies: deque[float] = deque(maxlen=_WINDOW)
+        self._came = self._ended = 0
+
+    def push(self, job: Job, now: float) -> None:
+        """See `WaitingQueue`."""
+        self._sequence += 1
+        key, size = self._place(job, {})
+        self._known[job.number] = key, self._sequence
+        if size > 0:
+            self._sizes.append(size)
+            self._came += 1
+            if self._came % _EVERY == 0:
+                self._mean = sum(self._sizes) / len(self._sizes)
+        self._insert(job)
+
+    def push_back(self, job: Job, now: float) -> None:
+        """See `WaitingQueue`. It goes to its own place."""
+        key, number = self._known[job.number]
+        self._known[job.number] = min(key, self._place(job, {})[0]), number
+        self._insert(job)
+
+    def peek(self, now: float) -> Job:
+        """See `WaitingQueue`."""
+        if self._learned and self._due(now):
+            self._relearn(now)
+        return self._heap[0][2]
+
+    def pop(self, now: float) -> Job:
+        """See `WaitingQueue`."""
+        job = heappop(self._heap)[2]
+        self._count -= 1
+        return job
+
+    def left(self, job: Job, now: float) -> None:
+        """See `Learner`."""
+        self._known.pop(job.number, None)
+        self.lengths.observe(_keys(job), job.output, now=now)
+        self._learned += 1
+        self._latencies.append(now - job.arrival)
+        self._ended += 1
+        if self._ended % _EVERY == 0:
+            ordered = sorted(self._latencies)
+            self._scale = self.strength * ordered[min(len(ordered) - 1, int(_QUANTILE * len(ordered)))]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _insert(self, job: Job) -> None:
+        key, number = self._known[job.number]
+        heappush(self._heap, (key, number, job))
+        self._count += 1
+
+    def _place(self, job: Job, alike: dict[tuple[str, ...], float | None]) -> tuple[float, float]:
+        """The key that a job would have by what is known now, and its size; 0 where nothing is known."""
+        keys = _keys(job)
+        if job.generated or keys not in alike:
+            remaining = self.lengths.remaining(keys, job.generated, self.max_tokens)
+            if not job.generated:
+                alike[keys] = remaining
+        else:
+            remaining = alike[keys]
+        size = 0.0 if remaining is None else remaining + self.prefill_weight * (job.prompt - job.cached)
+        return job.arrival + self._offset(size), size
+
+    def _offset(self, size: float) -> float:
+        if self.rule == "kappa":
+            return self.kappa * size
+        if size <= 0 or not self._mean or not self._scale:
+            return 0.0
+        shape = -math.log(-math.expm1(-_STEEPNESS * size / self._mean))
+        return -min(self._scale * min(shape, _MOST), self.max_boost_s)
+
+    def _due(self, now: float) -> bool:
+        if self._learned * _SHARE < self._count:
+            return False
+        return self._learned >= _RELEARN_EVERY or now - self._relearned >= _RELEARN_S
+
+    def _relearn(self, now: float) -> None:
+        """Look at all that wait anew. Keys only fall."""
+        self._learned, self._relearned = 0, now
+        alike: dict[tuple[str, ...], float | None] = {}
+        heap = []
+        for _, number, job in self._heap:
+            key = min(self._known[job.number][0], self._place(job, alike)[0])
+            self._known[job.number] = key, number
+            heap.append((key, number, job))
+        heapify(heap)
+        self._heap = heap
+
+
+def _keys(job: Job) -> tuple[str, ...]:
+    """Classes of jobs with lengths like this one's, most specific first; prompts within a third of an octave."""
+    size = f"prompt:{round(2 ** (math.floor(3 * math.log2(job.prompt)) / 3))}"
+    return (f"class:{job.label}|{size}", f"class:{job.label}", size) if job.label else (size,)
