@@ -8,6 +8,7 @@ from vllm_suite.fleet.files import dump_fleet
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.planner.models import Model, Quantization
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Slo
+from vllm_suite.planner.search.simulated import for_plan
 from vllm_suite.planner.simulator.setting import Setting
 
 # vLLM quantises a 16-bit checkpoint to these while it loads; any other format has to be the checkpoint's.
@@ -35,6 +36,7 @@ def fleet_of(
     Raises:
         PlanError: formats that vLLM cannot make of the checkpoint.
     """
+    setting = for_plan(setting, plan)
     swiftkv = any(layer.late for layer in setting.model.layers)
     encodes = plan.pool("encode") is not None
     plugins = ["disagg", *(["epd"] if encodes else []), *(["swiftkv"] if swiftkv else [])]

@@ -157,9 +157,8 @@ def _bottleneck(case: Case, found: Study) -> Iterator[str]:
     yield f"  {', '.join(shares)}, {beyond.attainment:.1%} within both"
     stages = [f"{name.replace('_', ' ')} {_time(value)}" for name, value in beyond.stages.items()]
     yield f"  mean seconds of a request: {', '.join(stages)}"
-    loads = [
-        f"{role} {load.utilisation:.0%} busy, cache up to {load.kv_max:.0%} full" for role, load in beyond.pools.items()
-    ]
+    loads = [f"{role} {load.utilisation:.0%} busy" + (f", cache up to {load.kv_max:.0%} full" if load.kv_max else "")
+             for role, load in beyond.pools.items()]  # fmt: skip
     yield f"  {'; '.join(loads)}"
     if found.faster:
         worst = max(found.faster, key=lambda role: found.faster[role])
@@ -167,9 +166,9 @@ def _bottleneck(case: Case, found: Study) -> Iterator[str]:
             yield "  no pool alone: none being a fifth faster changes that"
         else:
             gains = [f"{role} {share:.1%}" for role, share in found.faster.items()]
-            yield f"  with engines a fifth faster: {', '.join(gains)}" + (
-                f" -> {_role(worst)}" if len(gains) > 1 else ""
-            )
+            yield f"  within both with engines a fifth faster: {', '.join(gains)}"
+            if len(gains) > 1:
+                yield f"  so it is {_role(worst)} that gives way first"
 
 
 def _role(role: Role) -> str:

@@ -159,7 +159,7 @@ class Bounds:
         items = self._items(pool) if encodes or pool.role == "encode" else nothing
         if pool.role == "encode":
             return EngineBound(items, nothing, encode_s=float(items.mean()))
-        source, dp = self.setting.source(pool), pool.parallel.dp
+        source, dp = Device(self.setting.source(pool), self.setting.async_scheduling), pool.parallel.dp
         gap, decode, mixed = nothing, 0.0, math.inf
         first = alone(source, lengths.computed, lengths.cached, pool.max_num_batched_tokens) + items
         prefill = self._prefill(source, pool) / dp
@@ -178,7 +178,7 @@ class Bounds:
         each = [sum(seconds(pool, item) for item in items) for items in self.lengths.kinds]
         return np.array(each)[self.lengths.of_kind]
 
-    def _prefill(self, source: LatencySource, pool: PoolPlan) -> float:
+    def _prefill(self, source: Device, pool: PoolPlan) -> float:
         """Seconds of an engine for a request's prompt at least: in the step size that is best per token."""
         lengths, budget = self.lengths, pool.max_num_batched_tokens
         here = {"prefill": ~self.short, "decode": self.short}.get(pool.role, np.ones_like(self.short))
@@ -191,7 +191,7 @@ class Bounds:
         times = source.seconds(Steps(sizes, ones, 0 * sizes, sizes * pairs))
         return float(tokens.mean() * (times / sizes).min()) / source.stages
 
-    def _decode(self, source: LatencySource, pool: PoolPlan, encodes: bool, beside: float) -> tuple[float, float]:
+    def _decode(self, source: Device, pool: PoolPlan, encodes: bool, beside: float) -> tuple[float, float]:
         """Seconds of an engine for a request's tokens at least; and `EngineBound.mixed`.
 
         Args:
@@ -287,7 +287,24 @@ class Bounds:
         return pool.count * min(share / service, bound.mixed)
 
 
-def alone(source: LatencySource, tokens: FloatArray, cached: FloatArray, budget: int) -> FloatArray:
+class Device:
+    """A source's steps without what the host adds to them, where it is a step ahead."""
+
+    def __init__(self, source: LatencySource, ahead: bool) -> None:
+        self.source, self.ahead, self.stages = source, ahead, source.stages
+
+    def seconds(self, steps: Steps) -> FloatArray:
+        """Of arrays of steps."""
+        seconds = self.source.seconds(steps)
+        if not self.ahead:
+            return seconds
+        sizes = np.asarray(steps.sequences, dtype=int)
+        known = {size: self.source.host_seconds(int(size)) for size in np.unique(sizes)}
+        host = np.vectorize(known.__getitem__, otypes=[float])(sizes)
+        return np.maximum(seconds - host, host)
+
+
+def alone(source: Device, tokens: FloatArray, cached: FloatArray, budget: int) -> FloatArray:
     """Seconds of prompts on an idle engine, in chunks of its token budget; stages work on successive chunks at once."""
     left, done = tokens.copy(), cached.copy()
     total = np.zeros_like(left)

@@ -15,7 +15,7 @@ from vllm_suite.planner.search.bounds import Bounds
 from vllm_suite.planner.search.choices import Choices
 from vllm_suite.planner.search.horizon import Horizon
 from vllm_suite.planner.search.objective import Goal, Objective
-from vllm_suite.planner.search.simulated import Simulated
+from vllm_suite.planner.search.simulated import Simulated, for_plan
 from vllm_suite.planner.search.sources import Sources
 from vllm_suite.planner.search.space import Space
 from vllm_suite.planner.search.state import digest
@@ -129,7 +129,7 @@ class Case:
         setting, workload, simulated = self.varied(what, sample)
         return evaluate(
             what.plan,
-            setting,
+            for_plan(setting, what.plan),
             lambda: simulated.requests(what.rate),
             self.slo,
             rate=what.rate,

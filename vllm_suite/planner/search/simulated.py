@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_suite.planner.evaluate import evaluate
 from vllm_suite.planner.plan import Plan, Slo
@@ -100,7 +100,7 @@ class Simulated:
         requests = self.requests(rate)
         sink = _Count(self.slo, self.horizon.counted([each.arrival for each in requests]), until)
         with contextlib.suppress(_Decided):
-            simulate_plan(plan, self.setting, requests, sink)
+            simulate_plan(plan, for_plan(self.setting, plan), requests, sink)
         met = sink.met >= sink.need and not sink.failed
         if sink.seen < len(sink.which):
             # Of a run that was cut short nothing but the answer holds.
@@ -115,8 +115,17 @@ class Simulated:
 
     def _joules(self, plan: Plan, requests: list[Request]) -> float:
         """Per generated token, in a second run to the end."""
-        found = evaluate(plan, self.setting, lambda: requests, self.slo, energy=True).joules_per_token
+        found = evaluate(plan, for_plan(self.setting, plan), lambda: requests, self.slo, energy=True).joules_per_token
         return math.nan if found is None else found
+
+
+def for_plan(setting: Setting, plan: Plan) -> Setting:
+    """The setting that a plan is simulated with: no scheduling ahead where an engine has pipeline stages.
+
+    A stage ahead of the last token of its requests could not compute them.
+    """
+    staged = any(pool.parallel.pp > 1 for pool in plan.pools)
+    return replace(setting, async_scheduling=False) if staged else setting
 
 
 def interval(met: int, count: int) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from vllm_suite.planner.sources.roofline import RooflineSource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 from vllm_suite.planner.workload import Item
 
-SOURCES = ("roofline", "tables=FOLDER", "aic", "calibrated=FILE")
+SOURCES = ("roofline", "tables=FOLDER", "aic", "aic=SYSTEM", "calibrated=FILE")
 
 Make = Callable[[Model, Quantization, Parallel], LatencySource]
 """A source for a model as an engine holds it."""
@@ -126,6 +126,10 @@ class Scaled(LatencySource):
         """See `LatencySource`."""
         return self.factor * self.inner.stage_seconds(steps)
 
+    def host_seconds(self, sequences: int) -> float:
+        """See `LatencySource`."""
+        return self.factor * self.inner.host_seconds(sequences)
+
     def decode_line(self, sequences: int, context: float, longest: float = 0, shortest: float = 0) -> DecodeLine:
         """See `LatencySource`."""
         line = self.inner.decode_line(sequences, context, longest, shortest)
@@ -160,12 +164,31 @@ def _tables(folder: Path, cluster: Cluster) -> Make:
     return lambda model, quant, parallel: TableSource(folder, model, parallel, collectives=collectives)
 
 
-def _aic(path: str, cluster: Cluster) -> Make:
-    raise SourceError("the source aic is not part of this version")
+def _aic(system: str, cluster: Cluster) -> Make:
+    from vllm_suite.planner.sources.aic import AicSource
+    from vllm_suite.planner.sources.aic_tables import AicTables
+
+    tables = AicTables.of(system or cluster.device.name)
+    return lambda model, quant, parallel: AicSource(model, quant, parallel, tables)
 
 
 def _calibrated(path: Path, cluster: Cluster) -> Make:
-    raise SourceError("the source calibrated is not part of this version")
+    from vllm_suite.planner.sources.base import Outside
+    from vllm_suite.planner.sources.calibrated import CalibratedSource
+
+    if not path.is_file():
+        raise SourceError(f"calibrated: no file {path}; write it with vllm-suite calibrate")
+    found = CalibratedSource.load(path)
+    engine = found.calibration.engine
+    sizes = [int(engine.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "pipeline", "data")]
+
+    def make(model: Model, quant: Quantization, parallel: Parallel) -> LatencySource:
+        if [parallel.tp, parallel.pp, parallel.dp] != sizes:
+            tp, pp, dp = sizes
+            raise SourceError(f"{path}: measured with tp {tp}, pp {pp}, dp {dp} alone")
+        return CalibratedSource(found.calibration, outside=Outside("clamp"))
+
+    return make
 
 
 @cache
