@@ -56,10 +56,14 @@ class Links:
         """Begin a transfer that alone takes so many seconds; `done(time)` follows."""
         self._count += 1
         move = Move(self._count, (source, target), seconds, done, now)
+        alone = True
         for end in move.ends:
-            self._at.setdefault(end, {})[move.number] = move
+            here = self._at.setdefault(end, {})
+            here[move.number] = move
+            alone = alone and len(here) == 1
         self._post(move, now)
-        self._share(move.ends, now)
+        if not alone:
+            self._share(move.ends, now)
 
     def _share(self, ends: tuple[int, int], now: float) -> None:
         at = self._at
@@ -81,9 +85,13 @@ class Links:
         self.clock.post(now + max(0.0, move.left) / move.share, Event.MOVED, move.number, move.version, ended)
 
     def _end(self, move: Move, now: float) -> None:
+        left = 0
         for end in move.ends:
-            self._at[end].pop(move.number, None)
-        self._share(move.ends, now)
+            here = self._at[end]
+            del here[move.number]
+            left += len(here)
+        if left:
+            self._share(move.ends, now)
         move.done(now)
 
 

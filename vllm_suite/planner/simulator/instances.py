@@ -63,12 +63,13 @@ class Hosted(Engine):
         self._used -= self.free - free
 
     def _schedule(self, now: float) -> None:
-        # Where several batches are under way `_proceed` is not in use.
-        self.tally(now)
+        if self._pipeline is not None:
+            # Several batches are under way; `_proceed` is not in use then.
+            self.tally(now)
         super()._schedule(now)
-        self._used = used = self.limits.blocks - self.free
-        if used > self.peak:
-            self.peak = used
+        if self._pipeline is not None:
+            self._used = used = self.limits.blocks - self.free
+            self.peak = max(self.peak, used)
 
     def _proceed(self, now: float) -> None:
         self.tally(now)
