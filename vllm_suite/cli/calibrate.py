@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from vllm_suite.planner.calibrate.file import Calibration
@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     from vllm_suite.planner.calibrate.measure import Options, calibrate, show
     from vllm_suite.planner.sources.base import SourceError
 
-    device = args.device if args.device != "auto" else "gpu" if visible_gpus() else "cpu"
+    device: Literal["cpu", "gpu"] = "gpu" if args.device == "gpu" else "cpu"
+    if args.device == "auto" and visible_gpus():
+        device = "gpu"
     options = Options(
         model=args.model,
         device=device,

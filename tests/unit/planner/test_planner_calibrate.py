@@ -98,15 +98,18 @@ def test_medians_leave_out_steps_that_held_something_else() -> None:
 # -- fit
 
 
-def test_least_squares_meet_the_conditions_of_the_optimum() -> None:
-    draw = np.random.default_rng(3)
-    matrix, target = draw.random((40, 7)), draw.standard_normal(40)
+@pytest.mark.parametrize("seed", range(8))
+def test_least_squares_meet_the_conditions_of_the_optimum(seed: int) -> None:
+    """Columns that resemble each other: some enter and have to leave again."""
+    draw = np.random.default_rng(seed)
+    matrix = draw.random((40, 4)) @ draw.random((4, 12)) + 0.05 * draw.random((40, 12))
+    target = matrix @ np.where(draw.random(12) < 0.5, -1.0, 1.0) + 0.1 * draw.standard_normal(40) + 3
     found = nonnegative(matrix, target)
     gradient = matrix.T @ (matrix @ found - target)
     assert (found >= 0).all()
     assert (found == 0).any()
-    assert np.abs(gradient[found > 0]).max() < 1e-9
-    assert gradient[found == 0].min() > -1e-9
+    assert np.abs(gradient[found > 0]).max(initial=0) < 1e-6
+    assert gradient[found == 0].min() > -1e-6
 
 
 def test_a_known_model_is_found_again() -> None:

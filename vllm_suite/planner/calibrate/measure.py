@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_suite.planner.calibrate.design import Cell, Range, grid, order
-from vllm_suite.planner.calibrate.engines import EngineFailed, MeasuredEngine, engines, gathered
+from vllm_suite.planner.calibrate.engines import MeasuredEngine, engines, gathered
 from vllm_suite.planner.calibrate.file import Bounds, Calibration, CellRow, Coefficients, Errors, Fitted
 from vllm_suite.planner.calibrate.fit import Measured, cross_validated, fit, knots_of, relative_errors
 from vllm_suite.planner.sources.base import SourceError
@@ -220,9 +219,3 @@ def show(found: Calibration) -> str:
             + ("" if each.router_s is None else f"; {each.router_s * 1e3:.1f} ms of that in the router")
         )
     return "\n".join(lines)
-
-
-__all__ = ["Calibration", "EngineFailed", "Options", "SourceError", "calibrate", "show"]
-
-if __name__ == "__main__":
-    sys.exit("use vllm-suite calibrate")

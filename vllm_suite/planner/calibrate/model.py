@@ -56,7 +56,7 @@ class StepModel:
 
     def step_seconds(self, steps: Steps) -> float:
         """Of one step with at least one token."""
-        return (
+        found: float = (
             self.constant
             + self.tokens_seconds(steps.prefill_tokens + steps.decode_sequences)
             + self.chunk * steps.prefill_chunks
@@ -65,6 +65,7 @@ class StepModel:
             + self.sequence * steps.decode_sequences
             + self.key * steps.decode_context
         )
+        return found
 
     def seconds(self, steps: Steps) -> FloatArray:
         """The same for arrays of one shape."""

@@ -87,9 +87,8 @@ class CalibratedSource(LatencySource):
             return 0.0
         steps = self._inside(steps)
         step_s, sequence_s = self._host
-        return self._slowdown * (
-            self.model.step_seconds(steps) + step_s + sequence_s * (steps.decode_sequences + steps.prefill_chunks)
-        )
+        served: float = step_s + sequence_s * (steps.decode_sequences + steps.prefill_chunks)
+        return self._slowdown * (self.model.step_seconds(steps) + served)
 
     def seconds(self, steps: Steps) -> FloatArray:
         """See `LatencySource`."""
