@@ -1,0 +1,82 @@
+"""L1: measured runs of vLLM beside the simulator on their layer times, as checks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vllm_suite.planner.validation.measured import Run, checks
+
+DATA = Path(os.environ.get("VLLM_SUITE_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
+
+
+def test_measured_runs_of_vllm() -> None:
+    if not (DATA / "llmservingsim").is_dir():
+        pytest.skip(f"no {DATA / 'llmservingsim'}; set VLLM_SUITE_DATA")
+    found = {check.what: check for check in checks(DATA)}
+    for check in found.values():
+        print(check.what, check.verdict, check.error, dict(check.others))
+    llama = {what: check for what, check in found.items() if what.startswith("RTXPRO6000_Llama-3.1-8B:")}
+    assert len(llama) == 4
+    assert {check.verdict for check in llama.values()} == {"holds"}
+    own = llama["RTXPRO6000_Llama-3.1-8B: TTFT mean (s)"]
+    # From their summary: 7097.2 ms measured, and 4.0 % less predicted.
+    assert own.reference == pytest.approx(7.0972, abs=1e-4)
+    assert own.others["LLMServingSim"] == pytest.approx(-0.040, abs=6e-4)
+    assert abs(own.error or 1) < abs(own.others["LLMServingSim"])
+    qwen = {what: check for what, check in found.items() if what.startswith("RTXPRO6000_Qwen3-32B:")}
+    # TPOT misses its 3 %: see the note on what is known of it.
+    assert {what for what, check in qwen.items() if check.verdict == "missed"} <= {
+        "RTXPRO6000_Qwen3-32B: TPOT mean (s)"}  # fmt: skip
+    assert max(abs(check.error or 0) for check in qwen.values()) < 0.06
+
+
+def run(folder: Path, engine: dict[str, object], model: str = "meta-llama/Llama-3.1-8B") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps({"model": model, "vllm_version": "0.19.0", "engine_kwargs": engine}))
+    rows = [
+        {"input_toks": 10, "output_toks": 3, "queued_ts": 5.0 + i, "first_token_ts": 5.5 + i, "last_token_ts": 6.5 + i}
+        for i in (1, 0)
+    ]
+    (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+ENGINE: dict[str, object] = {"tensor_parallel_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+
+
+def test_a_run_is_read_as_it_was_measured(tmp_path: Path) -> None:
+    found = Run.read(run(tmp_path / "RTX4090_Llama-3.1-8B", ENGINE))
+    assert found.measured() == {"TTFT mean": 0.5, "TTFT p99": 0.5, "TPOT mean": 0.5, "latency mean": 1.5}
+    assert [row["queued_ts"] for row in found.rows] == [5.0, 6.0]
+    assert (found.parallel.tp, found.accelerators.gpus, found.accelerators.device.name) == (2, 2, "RTX-4090")
+    assert found.theirs == {}
+    tuned = Run.read(run(tmp_path / "RTXPRO6000_Q", {**ENGINE, "data_parallel_size": 2, "enable_expert_parallel": True},
+                         "Qwen/Qwen3-30B-A3B-Instruct-2507"))  # fmt: skip
+    assert tuned.base == "Qwen/Qwen3-30B-A3B"
+    assert (tuned.parallel.dp, tuned.parallel.ep) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "engine", "model", "reason"),
+    [
+        ("RTX4090_A", ENGINE, "meta-llama/Llama-3.1-8B", "meta.yaml"),
+        ("TPUv5_A", ENGINE, "meta-llama/Llama-3.1-8B", "no device file for TPUv5"),
+        ("RTX4090_B", ENGINE, "nobody/Model", "no bundled config of nobody/Model"),
+    ],
+)
+def test_what_cannot_be_run_says_why(
+    tmp_path: Path, folder: str, engine: dict[str, object], model: str, reason: str
+) -> None:
+    run(tmp_path / "llmservingsim" / folder, engine, model)
+    (check,) = checks(tmp_path)
+    assert (check.verdict, check.what) == ("not run", folder)
+    assert reason in check.note
+
+
+def test_no_data_is_said() -> None:
+    (check,) = checks(Path("/nonexistent"))
+    assert (check.id, check.verdict) == ("L1", "not run")
