@@ -6,6 +6,7 @@ AIConfigurator is in the environment of optional tools: where it is not importab
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -186,6 +187,51 @@ def test_measured_vllm_06_on_eight_h100() -> None:
     found = list(apex_measured.checks(DATA))
     assert [each.id for each in found] == ["A2", "A3", "A4", "A4", "A4", "A4"]
     assert [each for each in found if each.verdict != "holds"] == []
+
+
+HEAD = "engine,model,trace,plan,ttft_ms,tpot_ms,e2e_mean_s,clean"
+
+
+@needed
+def test_other_models_and_engines_of_those_runs(tmp_path: Path) -> None:
+    """Mistral-Large in 8 bits, dealt out and from traces of its own; what is no case is counted."""
+    from vllm_suite.planner.validation import apex_measured
+    from vllm_suite.planner.validation.apex_rows import SERVED, rows
+
+    (traces := tmp_path / "measured" / "apex_traces").mkdir(parents=True)
+    lines = [
+        {"StartTimeOffset": number * 2 * 10**9, "ContextTokens": 100, "GeneratedTokens": 50} for number in range(6)
+    ]
+    (traces / "mistral_new.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (traces / "mistral_new_2DP4TP_fp8_1.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    mistral = "vllm-0.6.0,Mistral-Large-Instruct-2407 fp8,new"
+    table = [
+        HEAD,
+        f"{mistral},8TP_fp8,40,15,0.8,True",
+        f"{mistral},2DP4TP_fp8_0,40,15,0.8,True",
+        f"{mistral},2DP4TP_fp8_1,40,15,0.8,True",
+        f"{mistral},4DP2TP_fp8_0,40,15,0.8,False",
+        "vllm-0.6.0,Mistral-Large-Instruct-2407 fp8,old,8TP_fp8,40,15,0.8,True",
+        "sglang-0.4.5,Mixtral-8x22B,new,8TP,40,15,0.8,True",
+    ]
+    (tmp_path / "measured" / "vllm_8xH100_mistral.csv").write_text("\n".join(table))
+    found = rows(tmp_path)
+    assert [(row.kind, row.tp, row.engine) for row in found.found] == [
+        ("8TP", 8, 0),
+        ("2DP4TP", 4, 0),
+        ("2DP4TP", 4, 1),
+    ]
+    assert [len(row.requests(tmp_path) or ()) for row in found.found] == [6, 3, 2]
+    assert list(found.left_out.values()) == [1, 1]
+    checks = list(apex_measured.checks(tmp_path))
+    assert [(each.id, each.verdict == "not run") for each in checks] == [
+        ("A2", False), ("A3", False), ("A2", True), ("A2", True)
+    ]  # fmt: skip
+    assert "3 clean rows of Mistral-Large" in checks[0].what
+    # Half the bytes of a model of 1.7 times the size: faster than Llama in 16 bits would be by its parameters alone.
+    sources = apex_measured.aic_sources(0.0)
+    decode = Steps.of(contexts=[500])
+    assert 0.8 < sources(SERVED[1], 4).step_seconds(decode) / sources(SERVED[0], 4).step_seconds(decode) < 1.3
 
 
 @needed

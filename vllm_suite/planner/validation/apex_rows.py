@@ -1,19 +1,47 @@
-"""The measured runs of Llama-3.1-70B on 8 x H100, and the traces that they served."""
+"""Measured runs of vLLM 0.6.0 on 8 x H100, how their engines were started, and the traces that they served."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Served:
+    """A model of these runs.
+
+    Attributes:
+        name: a part of its name in the rows.
+        model: its name in the planner's table.
+        formats: of weights and cache, by the planner's names; None for the checkpoint's.
+        prefix: of its traces.
+        whole_prompts: ``--max-model-len`` of the engines on two GPUs, which is also all that their cache held.
+    """
+
+    name: str
+    model: str
+    formats: tuple[str, str] | None
+    prefix: str
+    whole_prompts: int
+
+
+SERVED = (
+    Served("Llama-3.1-70B", "meta-llama/Llama-3.1-70B", None, "llama", 24_272),
+    Served("Mistral-Large", "mistralai/Mistral-Large-Instruct-2407", ("fp8", "fp8"), "mistral", 20_560),
+)
+"""What the published scripts started (microsoft/apex_plus, vllm/*.sh)."""
+
+
+@dataclass(frozen=True)
 class Row:
     """One measured run: milliseconds, and seconds for `latency`."""
 
+    served: Served
     trace: str
     plan: str
     ttft: float
@@ -45,21 +73,43 @@ class Row:
         """``8TP``, ``2DP4TP`` and so on."""
         return self.plan.split("_")[0]
 
+    def requests(self, data: Path) -> tuple[tuple[float, int, int], ...] | None:
+        """What this engine served: its own trace, or its share of the one that all engines had; None for neither."""
+        folder = data / "measured" / "apex_traces"
+        own = folder / f"{self.served.prefix}_{self.trace}_{self.plan}.jsonl"
+        if self.engines > 1 and own.is_file():
+            return trace(own)
+        shared = folder / f"{self.served.prefix}_{self.trace}.jsonl"
+        return trace(shared)[self.engine :: self.engines] if shared.is_file() else None
 
-def rows(data: Path) -> list[Row]:
-    """The clean rows of Llama-3.1-70B whose trace is here."""
-    found = []
-    with (data / "measured" / "vllm_8xH100_llama70b.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["clean"] == "True" and "Llama-3.1-70B" in row["model"] and trace_path(data, row["trace"]).is_file():
+
+@dataclass(frozen=True)
+class Rows:
+    """What a folder holds: rows that can be compared, and of the other clean ones how many are left out for what."""
+
+    found: tuple[Row, ...]
+    left_out: dict[str, int]
+
+
+def rows(data: Path) -> Rows:
+    """Every clean row of ``measured/vllm_8xH100_*.csv``."""
+    found, left_out = list[Row](), Counter[str]()
+    for path in sorted((data / "measured").glob("vllm_8xH100_*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["clean"] != "True":
+                    continue
+                served = next((each for each in SERVED if each.name in row["model"]), None)
+                if served is None or row["engine"] != "vllm-0.6.0":
+                    left_out[f"{row['engine']}, {row['model']}: not a case of this module"] += 1
+                    continue
                 figures = float(row["ttft_ms"]), float(row["tpot_ms"]), float(row["e2e_mean_s"])
-                found.append(Row(row["trace"], row["plan"], *figures))
-    return found
-
-
-def trace_path(data: Path, name: str) -> Path:
-    """Of the trace that all engines of a run shared."""
-    return data / "measured" / "apex_traces" / f"llama_{name}.jsonl"
+                made = Row(served, row["trace"], row["plan"], *figures)
+                if made.requests(data) is None:
+                    left_out[f"no trace {served.prefix}_{made.trace}.jsonl"] += 1
+                else:
+                    found.append(made)
+    return Rows(tuple(found), dict(left_out))
 
 
 @lru_cache(maxsize=16)
