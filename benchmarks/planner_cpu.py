@@ -174,15 +174,15 @@ def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-async def measure(args: Any, calibration: Calibration, loads: list[list[Request]], folder: Path) -> Any:
-    """Both fleets, one after the other."""
-    lengths = folder / "lengths.json"
-    lengths.write_text(json.dumps([[*prompt_of(each)[:2], each.output] for load in loads for each in load]))
-    facts: dict[str, Any] = {}
+async def measure(
+    args: Any, calibration: Calibration, loads: list[list[Request]], folder: Path, lengths: str
+) -> tuple[Calibration, dict[str, list[dict[str, Any]]]]:
+    """Both fleets, one after the other. `lengths` is the file from which the engines know where answers end."""
+    facts: dict[str, list[dict[str, Any]]] = {}
     rates: list[float] = list(args.rates or [])
     for kind in KINDS:
         say(f"starting the {kind} fleet")
-        env = {"PYTHONPATH": HERE, ENV_LENGTHS: str(lengths)}
+        env = {"PYTHONPATH": HERE, ENV_LENGTHS: lengths}
         file = spec(kind, str(args.model), ENGINE, folder, device="cpu", args=END, env=env)
         async with running(file) as fleet:
             calibration, facts[kind] = await serve_kind(kind, calibration, fleet, args, loads, rates)
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     adopt_orphans()
     with scratch("planner-cpu-") as temporary:
-        folder = (args.folder or temporary).resolve()
+        folder = args.folder or temporary
         folder.mkdir(parents=True, exist_ok=True)
         args.model = make_tiny_model(folder / "model", SHAPE)
         if args.calibration is not None and args.calibration.exists():
@@ -224,7 +224,9 @@ def main(argv: list[str] | None = None) -> int:
             calibration = calibrate(options, say)
             if args.calibration is not None:
                 calibration.save(args.calibration)
-        calibration, facts = asyncio.run(measure(args, calibration, loads, folder))
+        names = folder / "lengths.json"
+        names.write_text(json.dumps([[*prompt_of(each)[:2], each.output] for load in loads for each in load]))
+        calibration, facts = asyncio.run(measure(args, calibration, loads, folder, os.path.abspath(names)))
     alone = calibration.alone.step.model()
     lengths = [each.prompt for load in loads for each in load]
     prompt_s = prompt_seconds(alone, round(sum(lengths) / len(lengths)), ENGINE["max_num_batched_tokens"])[0]

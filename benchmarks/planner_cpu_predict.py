@@ -112,7 +112,9 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
     shape, stored = load(model)
     quant = stored or Quantization()
     per_token = kv_bytes(shape, quant, Parallel(), 128, stage=0, block=128) / 128
-    hop_s = max(0.0, handed.request_s - plain.request_s)
+    handover_s = max(0.0, handed.request_s - plain.request_s)
+    # The pull runs beside the decode engine's steps, the rest comes before it is asked.
+    latency_s = min(handover_s, handed.pull_s or 0.0)
     token_s = max(1e-9, handed.prompt_token_s - plain.prompt_token_s)
     busy, found = {"prefill": 0.5, "decode": 0.5}, Times(np.zeros(0), np.zeros(0))
     for _ in range(_ROUNDS):
@@ -133,11 +135,11 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
         setting = Setting(
             model=shape,
             quant=quant,
-            cluster=_linked(per_token / token_s),
+            cluster=_linked(per_token / token_s, latency_s),
             source=lambda pool, sources=sources: sources[pool.role],
             async_scheduling=False,
             block_size=facts["block_size"],
-            serving=Serving(min_prompt_tokens=0, hop_s=hop_s),
+            serving=Serving(min_prompt_tokens=0, hop_s=handover_s - latency_s),
         )
         done: dict[int, Served] = {}
         run = simulate_plan(plan, setting, requests, lambda each, done=done: done.update({each.number: each}))
@@ -149,9 +151,9 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
     return found
 
 
-def _linked(bytes_per_s: float) -> Cluster:
+def _linked(bytes_per_s: float, latency_s: float) -> Cluster:
     """The two cores with the hand-over as it was measured between them."""
     machine = cluster("2xCPU-2CORE")
-    link = Link(gb_s=bytes_per_s / 1e9, latency_us=0.0)
+    link = Link(gb_s=bytes_per_s / 1e9, latency_us=latency_s * 1e6)
     node = machine.device.node.model_copy(update={"gpus": 2, "pcie": link, "nvlink": None})
     return machine.model_copy(update={"device": machine.device.model_copy(update={"node": node})})

@@ -104,6 +104,7 @@ class Serving(_Part):
         error: mean absolute error of both on their own measurements, as a share of the time measured.
         via: what stood between client and engine.
         router_s: how much later a first token comes through the router than from the engine; in `request_s` already.
+        pull_s: mean time of a pull of keys and values, as the instance that decodes counts it; in `request_s` already.
         shared_token_s: CPU seconds of router and client per token, on the cores that they share with the engines.
     """
 
@@ -115,6 +116,7 @@ class Serving(_Part):
     error: float
     via: str
     router_s: float | None = None
+    pull_s: float | None = None
     shared_token_s: float = 0.0
     points: list[dict[str, Any]] = []
 

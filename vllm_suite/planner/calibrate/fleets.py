@@ -27,11 +27,13 @@ class Running:
     Attributes:
         url: of the router.
         direct: of its first engine.
+        answering: of its last engine, which decodes.
         shared: processes that stand beside the engines: the router, and this one, which is the client.
     """
 
     url: str
     direct: str
+    answering: str
     shared: tuple[int, ...]
 
     def shared_cpu_s(self) -> float:
@@ -90,7 +92,8 @@ async def running(fleet: FleetSpec) -> AsyncIterator[Running]:
     async with supervise(fleet) as supervisor:
         await supervisor.start()
         *engines, router = supervisor.processes
-        found = Running(router.launch.url, engines[0].launch.url, (*router.pids(), os.getpid()))
+        urls = router.launch.url, engines[0].launch.url, engines[-1].launch.url
+        found = Running(*urls, (*router.pids(), os.getpid()))
         cores, threads = sorted(os.sched_getaffinity(0)), fleet.local.cpu_threads
         if fleet.local.device != "cpu" or len(cores) < threads * len(engines):
             yield found

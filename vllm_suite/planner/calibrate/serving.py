@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_suite.planner.calibrate.client import Ask, Client, Timed
+from vllm_suite.planner.calibrate.client import Ask, Client, ServedError, Timed
 from vllm_suite.planner.calibrate.file import Calibration, Serving
 from vllm_suite.planner.calibrate.fit import nonnegative
 from vllm_suite.planner.calibrate.fleets import SERVED, Kind, Running, running, spec
@@ -22,6 +22,7 @@ from vllm_suite.planner.sources.steps import Steps
 
 # Tokens of a stream before its batch is complete and steady, and at its end.
 _EDGE = 6
+_PULLS = "vllm_suite_kv_pull_seconds"
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ async def measure_fleet(
     )
     async with Client(fleet.url, SERVED) as client:
         await first_tokens(client, replace(probe, repeats=1, seed=probe.seed + 7))
+        before = await _pulls(fleet) if handed_over else (0.0, 0.0)
         first = await first_tokens(client, probe)
+        after = await _pulls(fleet) if handed_over else (0.0, 0.0)
         cpu = fleet.shared_cpu_s()
         gaps = await batch_gaps(client, probe)
         tokens = sum(map(len, gaps.values())) / len(gaps) * sum(probe.batches) * width * probe.output
@@ -208,8 +211,26 @@ async def measure_fleet(
     found = fit_serving(first, gaps, probe, decode, alone, "router", handed_over=handed_over)
     router_s = None if handed_over else await _router_seconds(fleet, probe)
     found = found.model_copy(update={"shared_token_s": shared, "router_s": router_s})
+    if handed_over:
+        pulls = after[1] - before[1]
+        if not pulls:
+            raise ServedError("no prompt was handed over: the decode instance counts no pull")
+        found = found.model_copy(update={"pull_s": (after[0] - before[0]) / pulls})
     say(f"{kind}: {found.requests} requests, mean error of the constants' fit {found.error:.1%}")
     return calibration.model_copy(update={"serving": {**calibration.serving, kind: found}})
+
+
+async def _pulls(fleet: Running) -> tuple[float, float]:
+    """Seconds and number of pulls so far. Raises ServedError where the decode instance does not say."""
+    import aiohttp
+
+    from vllm_suite.fleet.scrape import scrape
+
+    async with aiohttp.ClientSession() as session:
+        samples = await scrape(session, fleet.answering)
+    if samples is None:
+        raise ServedError(f"{fleet.answering} gives no metrics")
+    return samples.total(f"{_PULLS}_sum"), samples.total(f"{_PULLS}_count")
 
 
 async def _router_seconds(fleet: Running, probe: Probe) -> float:
