@@ -6,8 +6,9 @@ import pytest
 
 from vllm_suite.planner.apex.space import Block, Exchange, Scheme, exchange, schemes
 from vllm_suite.planner.hardware import cluster
-from vllm_suite.planner.models import load
+from vllm_suite.planner.models import Parallel, load
 from vllm_suite.planner.models.shapes import ModelError
+from vllm_suite.planner.models.sharding import check
 
 # Model replicas, stages, attention (replicas, tp), feed-forward (replicas, tp), GiB of weights: printed by
 # microsoft/apex_plus at 8769096 for `llama3-70b` on one node of eight H100, half precision.
@@ -104,6 +105,20 @@ def test_what_moves_between_cells() -> None:
     )
     # Sliced experts are reduced like a network without a gate.
     assert exchange(mixtral, Scheme(1, 1, (1, 4), (1, 4)))[1] == (Exchange(reduce, 4),)
+
+
+def test_schemes_that_vllm_can_start() -> None:
+    found = [each.plan(block()) for each in schemes(block(), cluster("8xH100-SXM"))]
+    cuts = {(plan.pools[0].count, plan.pools[0].parallel.pp, plan.pools[0].parallel.tp) for plan in found if plan}
+    assert cuts == {(1, 1, 8), (1, 2, 4), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1), (4, 1, 2), (4, 2, 1)}
+    assert all(plan.gpus == 8 for plan in found if plan)
+    mixtral = block("mistralai/Mixtral-8x7B-v0.1")
+    wide = Scheme(2, 1, (2, 2), (1, 4), True).plan(mixtral)
+    assert wide is not None
+    assert wide.pools[0].parallel == Parallel(tp=2, dp=2, ep=True)
+    check(load("mistralai/Mixtral-8x7B-v0.1")[0], wide.pools[0].parallel)
+    assert Scheme(1, 1, (1, 4), (2, 2)).plan(mixtral) is None
+    assert Scheme(1, 1, (2, 2), (1, 4)).plan(block()) is None
 
 
 def test_heads_on_a_device() -> None:

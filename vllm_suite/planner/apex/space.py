@@ -13,8 +13,9 @@ from itertools import product
 from math import ceil, gcd
 
 from vllm_suite.planner.hardware import Cluster
-from vllm_suite.planner.models import Model, Quantization
+from vllm_suite.planner.models import Model, Parallel, Quantization
 from vllm_suite.planner.models.shapes import ModelError
+from vllm_suite.planner.plan import Plan, PoolPlan
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,17 @@ class Scheme:
             f"{self.replicas} x ({self.stages} stages, attention {self.attention[0]} x tp{self.attention[1]},"
             f" feed-forward {self.feed_forward[0]} x {cut}{self.feed_forward[1]})"
         )
+
+    def plan(self, block: Block) -> Plan | None:
+        """The same as engines that vLLM can start; None where it cannot.
+
+        It cuts a dense model's cells alike, so both have one replica. With experts attention may be data-parallel
+        inside an engine, beside experts cut or spread over all its devices.
+        """
+        (copies, tp), (fed, _) = self.attention, self.feed_forward
+        if fed > 1 or (copies > 1 and block.experts == 1):
+            return None
+        return Plan((PoolPlan("any", self.replicas, Parallel(tp, self.stages, copies, self.whole_experts)),))
 
     def weight_bytes(self, block: Block) -> float:
         """Of the device that holds most."""
