@@ -9,6 +9,8 @@ import numpy as np
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
+_NOBODY: IntArray = np.empty(0, dtype=np.int64)
+
 
 class Group:
     """Requests in the order of their queue. A round costs the same however many they are, until one of them ends.
@@ -45,10 +47,11 @@ class Group:
     def take_ended(self) -> IntArray:
         """Remove the requests whose last token has been decoded and return their numbers."""
         if self._ages < self._soonest:
-            return self._ids[:0]
+            return _NOBODY
         self._settle()
         ended = self._left == 0
-        found, kept = self._ids[ended], ~ended
+        found: IntArray = self._ids[ended]
+        kept = ~ended
         self._ids, self._left, self._context = self._ids[kept], self._left[kept], self._context[kept]
         self.size, self.context = len(self._ids), int(self._context.sum())
         self._soonest = int(self._left.min()) if self.size else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -101,31 +101,32 @@ def capacities() -> Iterator[Check]:
 
 def latencies() -> Iterator[Check]:
     """D3: the linear source beside the times that its simulator prints."""
-    pairs_: list[tuple[str, float, float]] = []
+    cases: list[tuple[str, float, float]] = []
     for engine, model, tp, pp, prompts, expected in _PREFILL_MS:
         source = distserve(model, tp, pp=pp, engine=engine)
         ours = source.stage_seconds(Steps.of([(prompt, 0) for prompt in prompts])) * 1e3
-        pairs_.append((f"{engine} {model} tp {tp} pp {pp} prefill {prompts}", ours, expected))
+        cases.append((f"{engine} {model} tp {tp} pp {pp} prefill {prompts}", ours, expected))
     for engine, model, tp, pp, batch, keys, expected in _DECODE_MS:
         source = distserve(model, tp, pp=pp, engine=engine)
         ours = source.stage_seconds(Steps(decode_sequences=batch, decode_context=keys)) * 1e3
-        pairs_.append((f"{engine} {model} tp {tp} pp {pp} decode {batch} x {keys / batch:.0f}", ours, expected))
-    for what, ours, expected in pairs_:
+        cases.append((f"{engine} {model} tp {tp} pp {pp} decode {batch} x {keys / batch:.0f}", ours, expected))
+    for what, ours, expected in cases:
         yield relative("D3", f"ms, {what}", ours, expected, "DistServe's time_estimator", 1e-9)
 
 
 def parity(lengths: Lengths, rows: list[dict[str, Any]]) -> Iterator[Check]:
     """D4: every row of its curves by its rules; one check of times and one of attainment for each curve."""
-    key = lambda row: (row["model"], row["backend"], tuple(row["config"]), tuple(row["slo_ms"]))  # noqa: E731
-    for (model, backend, config, slo), group in groupby(rows, key):
+    for (model, backend, config, slo), group in groupby(rows, _curve):
         curve = list(group)
-        times, shares = [], []
+        times: list[list[float]] = []
+        shares: list[list[float]] = []
         for row in curve:
-            placement = Placement(f"facebook/{model}", config[:2], config[2:] if backend == "distserve" else None)
+            prefill, decode = (config[0], config[1]), (config[2], config[3])
+            placement = Placement(f"facebook/{model}", prefill, decode if backend == "distserve" else None)
             found = simulate(placement, sample(lengths, row["rate"], 300))
             half, most = found.quantile(0.5), found.quantile(0.9)
             times.append([half[0], most[0], half[1], most[1]])
-            shares.append(list(found.attainment(*slo)))
+            shares.append(list(found.attainment(slo[0], slo[1])))
         what = f"{model} {backend} {placement.name}, SLO {slo[0]}/{slo[1]} ms, {len(curve)} rates"
         said = [[row[name] for name in ("ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90")] for row in curve]
         error = float(np.abs(np.array(times) / np.array(said) - 1).max())
@@ -136,9 +137,13 @@ def parity(lengths: Lengths, rows: list[dict[str, Any]]) -> Iterator[Check]:
         yield _listed("D4", f"attainment %; {what}", shares, said, _SIMULATOR, error, 2.0, "2 points", _PROXY)
 
 
+def _curve(row: dict[str, Any]) -> tuple[str, str, tuple[int, ...], tuple[float, ...]]:
+    return row["model"], row["backend"], tuple(row["config"]), tuple(row["slo_ms"])
+
+
 def vllm_attainment(lengths: Lengths) -> Iterator[Check]:
     """D5: OPT-13B in vLLM by its simulator's rules and by ours, with and without the overhead that it adds."""
-    kinds = {
+    kinds: dict[str, Callable[[float, int], float]] = {
         "DistServe's rules": lambda rate, seed: by_its_rules(lengths, rate, seed),
         "our simulator, coefficients alone": lambda rate, seed: by_our_rules(lengths, rate, seed, overhead=False),
         "our simulator, with its overhead of 2 ms a step": lambda rate, seed: by_our_rules(lengths, rate, seed),
@@ -147,8 +152,9 @@ def vllm_attainment(lengths: Lengths) -> Iterator[Check]:
     for kind, attained in kinds.items():
         found = np.array([[attained(rate, seed) for rate in RATES] for seed in range(_SEEDS)])
         spread = ", ".join(f"{low:.0f}-{high:.0f}" for low, high in zip(found.min(0), found.max(0), strict=True))
-        for part, name in ((slice(0, _TRUSTED), "to 2.25"), (slice(_TRUSTED, None), "beyond 2.25")):
-            ours, real = found[0, part].tolist(), list(MEASURED[part])
+        for first, last, name in ((0, _TRUSTED, "to 2.25"), (_TRUSTED, len(RATES), "beyond 2.25")):
+            ours: list[float] = found[0, first:last].tolist()
+            real = list(MEASURED[first:last])
             error = float(np.abs(np.array(ours) - np.array(real)).max())
             yield _listed(
                 "D5",
@@ -160,7 +166,7 @@ def vllm_attainment(lengths: Lengths) -> Iterator[Check]:
                 8.0,
                 "8 points",
                 f"300 requests, seed 0, nothing fitted; {_PROXY}; seeds 0 to {_SEEDS - 1} at all rates: {spread}",
-                {"DistServe's simulator": its[part]},
+                {"DistServe's simulator": its[first:last]},
             )
 
 
@@ -203,7 +209,8 @@ def searches(lengths: Lengths, outputs: Path) -> Iterator[Check]:
             placements: Iterable[Placement] = colocated(model, said["nodes"] * said["gpus_per_node"])
         else:
             placements = pairs(model, said["nodes"], said["gpus_per_node"], high_affinity=said["high_affinity"])
-        question = Question(*said["slo_ms"], count=said["N"], most=most, resolution=said["esp"])
+        ttft, tpot = said["slo_ms"]
+        question = Question(ttft, tpot, count=said["N"], most=most, resolution=said["esp"])
         found = search(iter(placements), lengths, question)
         ours = {str(each.config): rate for each, rate in found.rates.items()}
         best = f"best {found.best.config}, theirs {tuple(said['best']['config'])}"
