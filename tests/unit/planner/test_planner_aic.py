@@ -105,6 +105,7 @@ def test_host_times_and_all_reduce(tables: AicTables) -> None:
     assert host.step_seconds(decode) - bare.step_seconds(decode) == pytest.approx(4.08e-3)
     assert host.step_seconds(prompt) - bare.step_seconds(prompt) == pytest.approx(4.02e-3)
     assert host.request_s == 9e-3
+    assert (host.host_seconds(8), bare.host_seconds(8)) == (pytest.approx(4.08e-3), 0.0)
     assert host.describe()["step_us"] == pytest.approx(4000.0)
     # 161 reductions of 8 MB on four H100, 14.7 us apart in the table; decode is left as it is.
     eager = source(tables, prompt_all_reduce="eager")
@@ -287,6 +288,8 @@ def test_an_encoder_beside_aiconfigurators(tmp_path: Path) -> None:
     finally:
         logging.disable(logging.NOTSET)
     assert ours.seconds([]) == 0.0
+    beside = AicSource(model, quant, Parallel(), own, max_tokens=16, step_us=500.0)
+    assert beside.encode_seconds([cost]) - 5e-4 == pytest.approx(ours.seconds([cost]))
     # Four pictures dealt out over four ranks take as long as one.
     dealt = AicEncoder(model, quant, Parallel(tp=4, encoder_data=True), own)
     cut = AicEncoder(model, quant, Parallel(tp=4), own)

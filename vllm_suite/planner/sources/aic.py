@@ -7,15 +7,18 @@ activations by the bytes they move. Host time is not in the tables: it is given,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
+from vllm_suite.media.tokens import ImageCost
 from vllm_suite.planner.models import Model, Parallel, Quantization
 from vllm_suite.planner.models.shapes import Attention, Layer
 from vllm_suite.planner.models.sharding import check, counted, on_rank, vocab_rows
 from vllm_suite.planner.sources.aic_attention import AttentionTimes, Kernel
+from vllm_suite.planner.sources.aic_encoder import AicEncoder
 from vllm_suite.planner.sources.aic_products import GEMM_TYPES, AllReduce, Products
 from vllm_suite.planner.sources.aic_tables import AicTables, package_version
 from vllm_suite.planner.sources.base import FloatArray, LatencySource, Outside, SourceError, Uncertainty, as_arrays
@@ -93,6 +96,7 @@ class AicSource(LatencySource):
         self._head = np.concatenate([[0.0], head if model.head else np.zeros_like(head)])
         self._head_list: list[float] = self._head.tolist()
         self._attention = self._kernels()
+        self._encoder: AicEncoder | None = None
 
     def _kernels(self) -> tuple[tuple[int, AttentionTimes], ...]:
         found: dict[Kernel, int] = {}
@@ -214,6 +218,19 @@ class AicSource(LatencySource):
             seconds, slope = seconds + count * one, slope + count * growth
             holds = min(holds, ahead - mean)
         return DecodeLine(seconds, slope, max(1.0, float(holds)))
+
+    def host_seconds(self, sequences: int) -> float:
+        """See `LatencySource`."""
+        return self.step_s + self.sequence_s * sequences
+
+    def encode_seconds(self, items: Iterable[ImageCost]) -> float:
+        """Seconds of a batch of images or sounds through the encoder; see `AicEncoder`."""
+        if self._encoder is None:
+            host = self.step_s * 1e6
+            self._encoder = AicEncoder(
+                self.model, self.quant, self.parallel, self.tables, step_us=host, outside=self.outside
+            )
+        return self._encoder.seconds(items)
 
     def describe(self) -> dict[str, Any]:
         """See `LatencySource`; with the versions of the tables that answered and the host times."""

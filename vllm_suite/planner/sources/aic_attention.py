@@ -156,7 +156,7 @@ def _rows(tables: AicTables, kernel: Kernel, phase: str) -> FloatArray:
         where |= {"num_key_value_heads": kernel.kv_heads}
         found = tables.rows("attention", f"{phase}_attention_perf.parquet", numbers, where)
     if phase == "generation" and len(found):
-        found[:, 2] += 1.0  # The step's own token is attended to as well.
+        found = found + np.array([0.0, 0.0, 1.0, 0.0])  # The step's own token is attended to as well.
     heads = np.unique(found[:, 0]) if len(found) else np.empty(0)
     if len(heads) == 0 or not heads[0] <= kernel.heads <= heads[-1]:
         raise SourceError(

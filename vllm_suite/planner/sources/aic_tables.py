@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -153,19 +154,27 @@ class AicTables:
             SourceError: there is no such table. No row at all is an empty array.
         """
         path = self._path(family, file, maker)
-        tests = [(name, "=", value) for name, value in where.items()]
-        # By name: pyarrow comes with the extra alone, and has no types.
-        parquet = importlib.import_module("pyarrow.parquet")
-        table = parquet.read_table(path, columns=[*numbers, "latency"], filters=tests or None)
-        if table.num_rows == 0:
-            return np.empty((0, len(numbers) + 1))
-        columns = [np.asarray(table.column(name).to_numpy(), dtype=float) for name in numbers]
-        seconds = np.asarray(table.column("latency").to_numpy(), dtype=float) * 1e-3
-        found = np.column_stack([*columns, seconds])
-        found = found[np.lexsort(found.T[::-1])]
-        first = np.concatenate([[True], np.any(np.diff(found[:, :-1], axis=0) != 0, axis=1)])
-        return np.asarray(found[first], dtype=float)
+        return _read(path, numbers, tuple(where.items()))
 
     def small(self, size: FloatArray) -> FloatArray:
         """Seconds of a kernel that moves `size` bytes and computes next to nothing."""
         return self.launch_s + size / self.memory_bytes_s
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, numbers: tuple[str, ...], where: tuple[tuple[str, Any], ...]) -> FloatArray:
+    """See `AicTables.rows`; read once for all plans of a search, so the array is not to be changed."""
+    # By name: pyarrow comes with the extra alone, and has no types.
+    parquet = importlib.import_module("pyarrow.parquet")
+    tests = [(name, "=", value) for name, value in where]
+    table = parquet.read_table(path, columns=[*numbers, "latency"], filters=tests or None)
+    if table.num_rows == 0:
+        return np.empty((0, len(numbers) + 1))
+    columns = [np.asarray(table.column(name).to_numpy(), dtype=float) for name in numbers]
+    seconds = np.asarray(table.column("latency").to_numpy(), dtype=float) * 1e-3
+    found = np.column_stack([*columns, seconds])
+    found = found[np.lexsort(found.T[::-1])]
+    first = np.concatenate([[True], np.any(np.diff(found[:, :-1], axis=0) != 0, axis=1)])
+    kept = np.asarray(found[first], dtype=float)
+    kept.flags.writeable = False
+    return kept
