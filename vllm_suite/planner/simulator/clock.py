@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from enum import IntEnum
 from heapq import heappop, heappush
@@ -83,6 +84,11 @@ class Clock:
 
         if following is not None:
             self.post(following.arrival, Kind.ARRIVAL, following.number, 0, arrive)
+
+    @property
+    def following(self) -> float:
+        """When the next event is; infinity where there is none."""
+        return self._heap[0][0] if self._heap else math.inf
 
     def run(self) -> None:
         """Handle events until there are none."""

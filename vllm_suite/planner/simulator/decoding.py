@@ -122,6 +122,17 @@ class Decoding:
             if _current(entry):
                 yield entry[2]
 
+    def first(self) -> int:
+        """After which step the first job is complete. There has to be a job."""
+        heap = self._finish
+        while not _current(heap[0]):
+            heappop(heap)
+        return heap[0][0]
+
+    def due(self, step: int) -> int:
+        """Blocks that a later step takes, where nobody joins or leaves before it."""
+        return self._due[step % self._size]
+
     def extremes(self) -> tuple[int, int]:
         """The longest and the shortest context of the next step. There has to be a job."""
         low, high = self._low, self._high

@@ -51,7 +51,7 @@ class Lockstep:
     def awake(self, rank: Engine, now: float) -> None:
         """A rank may be able to let a waiting job in."""
         if not self._running:
-            self._running = True
+            self._running = self._between = True
             self._version += 1
             self.clock.post(now, Kind.WAKE, self.ranks[0].number, self._version, self._wake)
         elif not self._between:
@@ -61,7 +61,9 @@ class Lockstep:
             self._cut_short(now)
 
     def _cut_short(self, now: float) -> None:
-        """End a run of steps with the one that is under way."""
+        """End a run of steps with the one that is under way, where there is one."""
+        if self._count < 2:
+            return
         count = max(1, self._pace.within(now - self._start))
         while self._start + self._pace.total(count) < now:
             count += 1
@@ -75,6 +77,7 @@ class Lockstep:
         self.clock.post(end, Kind.STEP_END, self.ranks[0].number, self._version, self._ended)
 
     def _wake(self, now: float, version: int) -> None:
+        self._between = False
         self._begin(now)
 
     def _ended(self, now: float, version: int) -> None:
@@ -98,6 +101,7 @@ class Lockstep:
         self._active = [rank for rank in self.ranks if not rank._idle]
         if not self._active:
             self._running = False
+            self._count = 0
             return
         count, lines = 1 << 62, []
         for rank in self._active:

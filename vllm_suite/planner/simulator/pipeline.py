@@ -13,11 +13,13 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from vllm_suite.planner.simulator.clock import Kind
+from vllm_suite.planner.simulator.cruise import cruise
 from vllm_suite.planner.simulator.decoding import Decoding
 from vllm_suite.planner.simulator.jobs import Job
 
 if TYPE_CHECKING:
     from vllm_suite.planner.simulator.engine import Engine, Plan
+    from vllm_suite.planner.sources.steps import Steps
 
 
 class Batch:
@@ -39,19 +41,23 @@ class Pipeline:
     """The batches of one engine.
 
     Attributes:
-        queue: batches under way, oldest first.
+        queue: batches under way, oldest first; `places` at most.
+        cohorts: groups of jobs that decode together; ahead, those of every so many batches as there are stages, else
+            any that is not under way is next.
+        last_end: of each cohort's batches.
+        free_at: when each stage is.
+        calls: batches that were scheduled, empty ones too.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         stages, ahead = engine.source.stages, engine.limits.async_scheduling
-        self._places = stages + 1 if ahead else stages
+        self.places = stages + 1 if ahead else stages
         self.queue: deque[Batch] = deque()
-        # Groups of jobs that decode together: ahead, those of every so many steps; else any that is not under way.
-        self._cohorts = [engine.decoding, *(Decoding(engine.limits.block_size) for _ in range(stages - 1))]
-        self._last_end = [0.0] * stages
-        self._free_at = [0.0] * stages
-        self._calls, self._unfinished, self._finished = 0, 0, False
+        self.cohorts = [engine.decoding, *(Decoding(engine.limits.block_size) for _ in range(stages - 1))]
+        self.last_end = [0.0] * stages
+        self.free_at = [0.0] * stages
+        self.calls, self._unfinished, self._finished = 0, 0, False
 
     def accepted(self) -> None:
         """A job was given to the engine."""
@@ -70,14 +76,15 @@ class Pipeline:
                 self._finished = False
                 batch = self._next(now)
                 queue.append(batch)
-                if len(queue) < self._places and (batch.plan is not None or self._unfinished):
+                if len(queue) < self.places and (batch.plan is not None or self._unfinished):
                     continue
-            if not queue or (empty > self._places and all(each.plan is None for each in queue)):
+            if not queue or (empty > self.places and all(each.plan is None for each in queue)):
                 # What waits can only be let in by somebody else.
                 queue.clear()
                 engine._rest()
                 return
             if queue[0].end > now:
+                cruise(self)
                 engine._version += 1
                 engine.clock.post(queue[0].end, Kind.STEP_END, engine.number, engine._version, self._ended)
                 return
@@ -94,7 +101,7 @@ class Pipeline:
         """Decide on the next batch and send it on its way."""
         engine = self.engine
         cohort = self._choose()
-        self._calls += 1
+        self.calls += 1
         engine.decoding = cohort
         if engine.limits.async_scheduling and not engine._ghosts:
             engine._retire()
@@ -113,17 +120,14 @@ class Pipeline:
 
     def _choose(self) -> Decoding:
         if self.engine.limits.async_scheduling:
-            return self._cohorts[self._calls % len(self._cohorts)]
-        idle = [cohort for cohort in self._cohorts if not cohort.flying]
+            return self.cohorts[self.calls % len(self.cohorts)]
+        idle = [cohort for cohort in self.cohorts if not cohort.flying]
         return next((cohort for cohort in idle if cohort.count), idle[0])
 
     def _enter(self, plan: Plan, now: float) -> tuple[float, float]:
         """A batch goes through the stages, each as soon as it and the batch are free; when it enters and leaves."""
-        free_at, source = self._free_at, self.engine.source
-        slowest = source.stage_seconds(plan.steps)
-        if self.engine.limits.async_scheduling:
-            host = source.host_seconds(plan.steps.sequences)
-            slowest = max(slowest - host, host)
+        free_at = self.free_at
+        slowest = self.slowest(plan.steps)
         # The slowest stage is taken to be the last, which has the output head.
         others = max(0.0, plan.seconds - slowest) / (len(free_at) - 1)
         start = at = max(now, free_at[0])
@@ -132,6 +136,15 @@ class Pipeline:
         at = free_at[-1] = max(at, free_at[-1]) + slowest
         self.engine.busy += max(plan.seconds, slowest) / len(free_at)
         return start, at
+
+    def slowest(self, steps: Steps) -> float:
+        """Seconds in the last stage."""
+        source = self.engine.source
+        seconds = source.stage_seconds(steps)
+        if self.engine.limits.async_scheduling:
+            host = source.host_seconds(steps.sequences)
+            seconds = max(seconds - host, host)
+        return seconds
 
     def _take(self, now: float) -> None:
         """The oldest batch has ended: its tokens come out."""
@@ -147,7 +160,7 @@ class Pipeline:
             batch.partial.flying -= 1
         cohort.flying -= 1
         cohort.ended += 1
-        index = self._cohorts.index(cohort)
-        cohort.longest.add(cohort.ended, now - self._last_end[index])
-        self._last_end[index] = now
+        index = self.cohorts.index(cohort)
+        cohort.longest.add(cohort.ended, now - self.last_end[index])
+        self.last_end[index] = now
         engine._settle(plan, now)
