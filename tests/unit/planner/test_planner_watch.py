@@ -347,6 +347,13 @@ def test_a_spike_changes_nothing(tmp_path: Path) -> None:
     assert watch(recorded(tmp_path / "a.json", rates), SMALL, formula, say=lambda line: None) != SMALL
 
 
+def test_only_looks_in_a_row_confirm(tmp_path: Path) -> None:
+    formula = Formula()
+    source = recorded(tmp_path / "a.json", [5.0] * 60 + [15.0, 5.0, 5.0] * 8)
+    watch(source, SMALL, formula, settings=Settings(recent=1, confirm=2), say=lambda line: None)
+    assert not formula.asked
+
+
 def test_no_plan_for_it_is_said(tmp_path: Path) -> None:
     said = list[str]()
     assert watch(recorded(tmp_path / "a.json", [5.0] * 100, longer=50.0), SMALL, Formula(), say=said.append) == SMALL
