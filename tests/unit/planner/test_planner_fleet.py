@@ -228,6 +228,9 @@ def test_data_parallel_ranks_have_schedulers_of_their_own() -> None:
     served, run = serve(wide, setting(), [Request(n, 0.0, 8, 1) for n in range(4)])
     assert sorted(one.first_token for one in served) == [2.0, 2.0, 4.0, 4.0]
     assert len(run.pools["any"].busy) == 2
+    # They step together: the short prompt waits for the long one.
+    served, _ = serve(wide, setting(), [Request(0, 0.0, 8, 1), Request(1, 0.0, 80, 1)])
+    assert [one.first_token for one in served] == [11.0, 11.0]
 
 
 def test_what_either_side_has_is_not_computed_or_pulled() -> None:

@@ -14,6 +14,7 @@ from vllm_suite.planner.simulator.engine import Observer
 from vllm_suite.planner.simulator.handover import Lease, Leases, Place
 from vllm_suite.planner.simulator.instances import Hosted, Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job
+from vllm_suite.planner.simulator.lockstep import Lockstep
 from vllm_suite.planner.simulator.routing import Instance
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.simulator.step_sources import LastTokens, OwnEncoder
@@ -45,8 +46,7 @@ class Way:
 class Members:
     """Makes the instances of a plan and keeps those that take work.
 
-    The data-parallel ranks of an engine are instances of their own, whose step times are those with equal work on all
-    of them; that a rank waits for the others, and runs along empty, is not simulated.
+    The data-parallel ranks of an engine are instances of their own, for the router too, and step together.
 
     Attributes:
         active: instances that take work, by role; without encoders.
@@ -74,13 +74,14 @@ class Members:
             self.stage = EncodeStage(self.encoders, setting.serving, self._item_seconds(encode), row)
         for pool in self.plan.pools:
             cut = pool.parallel
-            # Each data-parallel rank of an engine has a scheduler and a cache of its own.
             for rank in pool.ranks:
+                # Each data-parallel rank of an engine has a scheduler and a cache of its own.
+                group = Lockstep(clock) if cut.dp > 1 else None
                 for one in range(cut.dp):
-                    self.add(pool.role, rank + one * cut.tp * cut.pp, 0.0)
+                    self.add(pool.role, rank + one * cut.tp * cut.pp, 0.0, group)
 
-    def add(self, role: Role, rank: int, now: float) -> None:
-        """A new engine of a role begins to take work."""
+    def add(self, role: Role, rank: int, now: float, group: Lockstep | None = None) -> None:
+        """A new engine of a role begins to take work; one of the ranks of `group` where it is one."""
         pool = self.plan.pool(role)
         assert pool is not None
         place = Place(next(self._numbers), rank, pool)
@@ -99,13 +100,13 @@ class Members:
             self.every_encoder.append(encoder)
             return
         instance = Instance(role, place, since=now)
-        instance.engine = self._engine(instance, pool)
+        instance.engine = self._engine(instance, pool, group)
         if role == "prefill":
             instance.leases = Leases(self.clock, place.number, partial(self.way.expired, instance))
         self.active[role].append(instance)
         self.ever[role].append(instance)
 
-    def _engine(self, instance: Instance, pool: PoolPlan) -> Hosted:
+    def _engine(self, instance: Instance, pool: PoolPlan, group: Lockstep | None) -> Hosted:
         setting, role, way = self.setting, instance.role, self.way
         source: LatencySource = self._sources[role]
         limits = self._limits[role]
@@ -123,6 +124,7 @@ class Members:
             waiting=setting.queue() if setting.queue else None,
             observer=self.observer,
             prefill_only=role == "prefill",
+            lockstep=group,
         )
         engine.pool, engine.seen = pool, instance.since
         if isinstance(engine, Receiving):
