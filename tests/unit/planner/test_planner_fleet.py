@@ -32,13 +32,15 @@ from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.handover import Costs, Links, Place
 from vllm_suite.planner.simulator.jobs import SimulationError
-from vllm_suite.planner.simulator.routing import LeastTokens, Member
+from vllm_suite.planner.simulator.routing import LeastTokens, Member, PrefixHistory
 from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.simulator.setting import Serving, Setting
+from vllm_suite.planner.simulator.step_sources import LastTokens
 from vllm_suite.planner.sources.linear import distserve
 from vllm_suite.planner.sources.steps import Steps
 from vllm_suite.planner.workload import Request
 from vllm_suite.router.config import Policies
+from vllm_suite.router.members import PrefixHistory as RouterHistory
 from vllm_suite.router.policies import Candidate, Demand
 from vllm_suite.router.policies import LeastTokens as RouterLeastTokens
 
@@ -89,6 +91,45 @@ def test_a_short_prompt_goes_straight_to_decode() -> None:
     assert math.isnan(one.transferred)
     assert math.isnan(one.decode_start)
     assert run.pools["prefill"].steps == (0,)
+
+
+def test_a_prompt_that_decode_mostly_has_goes_straight_there() -> None:
+    given_setting = setting(serving=Serving(min_prompt_tokens=16, max_cached_fraction=0.5), prefix_caching=True)
+    requests = [
+        Request(0, 0.0, 64, 2, prefix=(1, 2), block=16),
+        # The whole prefix again: half of 64 tokens is not more than half, of 63 it is; and 15 tokens are too few.
+        Request(1, 50.0, 64, 2, prefix=(1, 2), block=16),
+        Request(2, 100.0, 63, 2, prefix=(1, 2), block=16),
+        Request(3, 150.0, 300, 2, prefix=(2, 1), block=16),
+        Request(4, 200.0, 300, 2, prefix=(2, 1, *range(5, 21)), block=16),
+        Request(5, 300.0, 302, 2, prefix=(2, 1, *range(5, 21)), block=16),
+    ]
+    served, _ = serve(PD, given_setting, requests)
+    assert [math.isnan(one.transferred) for one in served] == [False, False, True, False, False, True]
+    # What decode has is not computed there.
+    assert served[2].cached == 32
+    assert served[2].first_token - served[2].prefill_start == 1.0 + 31 / 8
+
+
+def test_the_router_forgets_the_oldest_beginnings() -> None:
+    history, chunks = PrefixHistory(4 * 128), RouterHistory(4)
+    for prefix in ((1, 2), (1, 3), (4,), (1, 2, 5)):
+        history.add(prefix, 128)
+        chunks.add(hash(prefix[: end + 1]) for end in range(len(prefix)))
+        for asked in ((1, 2, 5), (1, 3), (4,), (5,)):
+            expected = chunks.matched(hash(asked[: end + 1]) for end in range(len(asked)))
+            assert history.matched(asked) == 128 * expected
+
+
+def test_a_last_prompt_token_costs_what_a_decoded_one_does() -> None:
+    source = ExactSource(1.0, 0.125, key=0.25, longest=0.5, shortest=2.0)
+    last = LastTokens(source)
+    # Beside two that decode, one token after 9 in the cache: contexts of 4, 10 and 20.
+    mixed_step, decoded = Steps.of([(1, 9)], [4, 20]), Steps.of(contexts=[4, 10, 20])
+    assert last.step_seconds(mixed_step) == source.step_seconds(decoded)
+    assert last.step_seconds(Steps.of([(1, 9)])) == source.step_seconds(Steps.of(contexts=[10]))
+    for chunks in ([(2, 9)], [(1, 0)], [(1, 9), (2, 0)]):
+        assert last.step_seconds(Steps.of(chunks, [4])) == source.step_seconds(Steps.of(chunks, [4]))
 
 
 def test_each_stage_is_a_hop_from_the_router() -> None:
@@ -292,6 +333,7 @@ pools = st.fixed_dictionaries(
     st.sampled_from([600.0, 3.0]),
     st.booleans(),
     st.sampled_from([(False, False), (True, False), (True, True)]),
+    st.integers(1, 2),
 )
 @settings(max_examples=60, deadline=None)
 def test_nothing_is_lost(
@@ -303,9 +345,13 @@ def test_nothing_is_lost(
     hold: float,
     caching: bool,
     ahead: tuple[bool, bool],
+    stages: int,
 ) -> None:
     watch, requests = Watch(), mixed(40, seed)
+    source = ExactSource(1.0, 0.125)
+    source.stages = stages
     of = setting(
+        source,
         serving=Serving(min_prompt_tokens=shortest, streams=streams, hop_s=hop, max_hold_s=hold),
         prefix_caching=caching,
         async_scheduling=ahead[0],

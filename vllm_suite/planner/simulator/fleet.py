@@ -173,13 +173,23 @@ class _Fleet(Way):
     def _forward(self, flight: _Flight, now: float) -> None:
         """To prefill, or past it."""
         prefills, request = self.members.active.get("prefill"), flight.request
-        if not prefills or request.prompt < self.serving.min_prompt_tokens:
+        if not prefills or self._whole(request, flight.decode):
             self._to_decode(flight, now)
             return
         instance = flight.prefill = self._prompts.choose(prefills)
         instance.charge(request.prompt)
         # One token more than prefill samples: the blocks are to be kept.
         self._fetch(flight, instance, self._leg(flight, 2, self._own_items(flight)), now)
+
+    def _whole(self, request: Request, decode: Instance) -> bool:
+        """Whether decode does the prompt itself (vllm_suite/router/decide.py): it is short, or mostly there already."""
+        serving, prompt = self.serving, request.prompt
+        if prompt < serving.min_prompt_tokens:
+            return True
+        if not request.prefix or decode.history is None or not self.setting.prefix_caching:
+            return False
+        known = min(decode.history.matched(request.prefix), prompt)
+        return known > serving.max_cached_fraction * prompt or prompt - known < serving.min_prompt_tokens
 
     def _leg(self, flight: _Flight, output: int, items: tuple[Item, ...] = ()) -> Leg:
         each = flight.request
@@ -231,6 +241,8 @@ class _Fleet(Way):
             flight.decode = self._answers.choose(self.members.active[self._front])
         request, instance = flight.request, flight.decode
         instance.charge(request.prompt + request.output)
+        if request.prefix and instance.history is not None:
+            instance.history.add(request.prefix, request.block)
         leg = self._leg(flight, request.output)
         if flight.lease is None:
             leg.items = self._own_items(flight)

@@ -15,7 +15,7 @@ from vllm_suite.planner.simulator.handover import Lease, Leases, Place
 from vllm_suite.planner.simulator.instances import Hosted, Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.lockstep import Lockstep
-from vllm_suite.planner.simulator.routing import Instance
+from vllm_suite.planner.simulator.routing import Instance, PrefixHistory
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.simulator.step_sources import LastTokens, OwnEncoder
 from vllm_suite.planner.simulator.token_cache import TokenCache
@@ -103,6 +103,8 @@ class Members:
         instance.engine = self._engine(instance, pool, group)
         if role == "prefill":
             instance.leases = Leases(self.clock, place.number, partial(self.way.expired, instance))
+        else:
+            instance.history = PrefixHistory(self.setting.serving.history_tokens)
         self.active[role].append(instance)
         self.ever[role].append(instance)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -40,6 +41,42 @@ class Member:
         self.requests -= 1
 
 
+class PrefixHistory:
+    """Beginnings of prompts that an instance has answered, as the router remembers them, newest kept.
+
+    Args:
+        tokens: how many.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._left = tokens
+        # Tokens of a block by a hash of all ids up to its own.
+        self._known: OrderedDict[int, int] = OrderedDict()
+
+    def add(self, prefix: tuple[int, ...], block: int) -> None:
+        """A prompt is answered that begins with these blocks of so many tokens."""
+        known, chain = self._known, 0
+        for id_ in prefix:
+            chain = hash((chain, id_))
+            if chain in known:
+                known.move_to_end(chain)
+            else:
+                known[chain] = block
+                self._left -= block
+        while self._left < 0:
+            self._left += known.popitem(last=False)[1]
+
+    def matched(self, prefix: tuple[int, ...]) -> int:
+        """Tokens at the start that are remembered."""
+        known, chain, tokens = self._known, 0, 0
+        for id_ in prefix:
+            chain = hash((chain, id_))
+            if chain not in known:
+                break
+            tokens += known[chain]
+        return tokens
+
+
 @dataclass(eq=False)
 class Instance(Member):
     """A prefill, decode or `any` instance.
@@ -47,12 +84,14 @@ class Instance(Member):
     Attributes:
         engine: what runs there.
         leases: of a prefill instance.
+        history: of one that answers.
         transfers, transfer_bytes, transfer_seconds: pulls of this instance.
         waited: seconds that legs waited here, for their pull and for their first step.
     """
 
     engine: Hosted = field(init=False)
     leases: Leases | None = None
+    history: PrefixHistory | None = None
     transfers: int = 0
     transfer_bytes: float = 0.0
     transfer_seconds: float = 0.0

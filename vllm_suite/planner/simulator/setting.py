@@ -22,6 +22,9 @@ class Serving:
 
     Attributes:
         min_prompt_tokens: shorter prompts go straight to decode (``disaggregation.min_prompt_tokens``).
+        max_cached_fraction, history_tokens: a prompt of which the decode instance has answered more than this share
+            before goes straight to it, and so does one with fewer other tokens than `min_prompt_tokens`; tokens of
+            prompts that the router remembers of an instance.
         hop_s: seconds from the answer of one stage until the next stage has the request; 0 where nobody measured it.
         streams: whose token the client sees first. The suite's router throws prefill's away and streams decode's;
             DistServe and EPD stream prefill's.
@@ -33,6 +36,8 @@ class Serving:
     """
 
     min_prompt_tokens: int = 256
+    max_cached_fraction: float = 0.75
+    history_tokens: int = 65_536 * 128
     hop_s: float = 0.0
     streams: Literal["decode", "prefill"] = "decode"
     max_hold_s: float = 600.0
