@@ -172,6 +172,8 @@ def test_what_waits_presses_back_on_prefill(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ring, "BACK_PRESSURE", 10)
     pressed = simulate(Placement(MODEL, (1, 1)), work)
     assert pressed.ttft[1] > work.output[0] * 20 > free.ttft[1]
+    # With two stages the first one is idle, and nothing waits there, while the second decodes.
+    assert simulate(Placement(MODEL, (1, 2)), work).ttft[1] < 200
 
 
 def test_one_request_by_hand() -> None:

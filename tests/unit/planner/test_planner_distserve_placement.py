@@ -97,6 +97,15 @@ def test_engines_of_high_affinity_stand_somewhere(nodes: int, rate: float) -> No
         assert len({rank // 8 for rank in one}) == ceil(len(one) / 8)
 
 
+def test_large_engines_are_placed_first() -> None:
+    site = Site(8, nodes=2)
+    placed = high_affinity(
+        site, 2.0, anything, lambda cut: float(cut == Parallel(tp=3)), lambda cut: float(cut == Parallel(tp=5))
+    )
+    assert placed.ranks == {"decode": ((0, 1, 2, 3, 4), (8, 9, 10, 11, 12)), "prefill": ((5, 6, 7), (13, 14, 15))}
+    check(placed, site)
+
+
 def test_low_affinity_is_the_best_of_all_pairs() -> None:
     site = Site(4, nodes_per_instance=2)
 

@@ -177,11 +177,12 @@ class Ring:
         return (constant + per_key * work.keys + per_sequence * work.size) / self._stages
 
     def _alone(self, work: Group, time: float) -> float:
-        """Take the whole rounds of a batch that is the only work, within a time and until one of its requests ends."""
+        """Take the whole rounds of a batch that is the only work, within a time and until one of its requests ends.
+
+        Prompts that wait behind it do so because it presses back on them, and its keys only grow.
+        """
         most = min(work.before_the_last, (TOKEN_BUDGET - work.keys) // work.size)
         if most < 1 or any(map(math.isfinite, self._ends)) or any(self._decodes) or any(self._prompts):
-            return 0.0
-        if self._arrived:
             return 0.0
         _, per_key, _ = self._decode_set(work.size)
         first = self._decode_ms(work) * self._stages + OVERHEAD_MS + OVERHEAD_PER_TOKEN_MS * work.context

@@ -78,8 +78,6 @@ def pairs(model: str, nodes: int, gpus_per_node: int, *, high_affinity: bool = F
                 node = prefill[0] * prefill[1] + decode[0] * decode[1]
                 if (not high_affinity and node > gpus_per_node) or segments * node > gpus:
                     continue
-                if layers % (segments * prefill[1]) or layers % (segments * decode[1]):
-                    continue
                 found = Placement(model, (prefill[0], segments * prefill[1]), (decode[0], segments * decode[1]))
                 if _known(model, found.prefill) and found.decode and _known(model, found.decode):
                     yield found
