@@ -56,6 +56,9 @@ def cruise(pipeline: Pipeline) -> None:
         return
     if any(batch.plan is not None and batch.plan.steps.prefill_chunks for batch in queue):
         return
+    head = next((batch.plan for batch in queue if batch.plan is not None), None)
+    if head is None or engine.clock.following - queue[0].end < _LEAST * head.seconds:
+        return
     following, late = engine.clock.following, int(engine.limits.by_length and engine.limits.async_scheduling)
     courses: dict[Decoding, _Course] = {}
     for cohort in pipeline.cohorts:

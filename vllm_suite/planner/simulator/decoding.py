@@ -114,6 +114,10 @@ class Decoding:
             most += 1
         return min(count, most)
 
+    def ready(self) -> bool:
+        """Whether a job may have its last token after the steps that ended."""
+        return bool(self._finish) and self._finish[0][0] <= self.ended
+
     def complete(self, step: int) -> Iterator[Job]:
         """The jobs that have their last token after so many steps, in order of admission; leave each."""
         heap = self._finish

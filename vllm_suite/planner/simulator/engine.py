@@ -8,7 +8,7 @@ pipeline stages or data-parallel ranks are made by `build`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
@@ -48,8 +48,8 @@ class Plan:
 
     def __init__(self, steps: Steps, seconds: float, line: DecodeLine | None, count: int) -> None:
         self.steps, self.seconds, self.line, self.count = steps, seconds, line, count
-        self.sampled: list[Job] | None = None
-        self.leaving: list[Job] = []
+        self.sampled: Sequence[Job] | None = None
+        self.leaving: Sequence[Job] = ()
 
 
 _EMPTY = Steps()
@@ -305,7 +305,7 @@ class Engine(Scheduler):
                 job.first_token = now
             else:
                 job.longest_gap = max(job.longest_gap, now - job.last_token)
-        for job in decoding.complete(decoding.ended):
+        for job in decoding.complete(decoding.ended) if decoding.ready() else ():
             held = decoding.held(job)
             self._note_gap(job)
             decoding.leave(job)

@@ -7,10 +7,14 @@ admitted only if all its tokens fit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm_suite.planner.simulator.decoding import Decoding
 from vllm_suite.planner.simulator.jobs import FirstCome, Job, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
 from vllm_suite.planner.simulator.prefix import PrefixCache
+
+_NOBODY: tuple[tuple[Job, ...], tuple[Job, ...]] = ((), ())
 
 
 class Scheduler:
@@ -116,7 +120,7 @@ class Scheduler:
             self.cache.take(blocks)
             self.cache.commit(job, job.done + tokens)
 
-    def _apply(self, count: int) -> tuple[list[Job], list[Job]]:
+    def _apply(self, count: int) -> tuple[Sequence[Job], Sequence[Job]]:
         """The step that was decided on takes effect, and `count` - 1 more like it.
 
         Returns:
@@ -127,21 +131,22 @@ class Scheduler:
         self.free -= taken
         if self.cache is not None:
             self.cache.take(taken - self._given)
+        if not self._chunks:
+            return _NOBODY
         sampled: list[Job] = []
         leaving: list[Job] = []
-        if self._chunks:
-            chunks, self._chunks, self._partial = self._chunks, [], None
-            for job, tokens in chunks:
-                job.done += tokens
-                if job.done < job.target:
-                    self._partial = job
-                    continue
-                job.generated += 1
-                sampled.append(job)
-                if job.generated < job.output + self._ghosts and not self.prefill_only:
-                    decoding.join(job)
-                else:
-                    leaving.append(job)
+        chunks, self._chunks, self._partial = self._chunks, [], None
+        for job, tokens in chunks:
+            job.done += tokens
+            if job.done < job.target:
+                self._partial = job
+                continue
+            job.generated += 1
+            sampled.append(job)
+            if job.generated < job.output + self._ghosts and not self.prefill_only:
+                decoding.join(job)
+            else:
+                leaving.append(job)
         return sampled, leaving
 
     def _retire(self) -> None:
