@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_suite import __version__
-from vllm_suite.fleet.units import parse_duration_ms
 from vllm_suite.planner.report.fleet import fleet_of, fleet_text
 from vllm_suite.planner.report.progress import Bar
-from vllm_suite.planner.report.question import InputError, question
+from vllm_suite.planner.report.question import InputError, duration, question
 from vllm_suite.planner.report.study import Study, as_json, study
 from vllm_suite.planner.report.text import no_plan, report
 from vllm_suite.planner.report.why import Impossible, impossible
@@ -30,9 +29,10 @@ from vllm_suite.planner.workload import Request
 def plan(args: argparse.Namespace) -> int:
     """Find a plan, print the report, write what was asked for. Returns the exit status."""
     try:
+        writable(args)
         case = question(args)
         space = space_of(case)
-        seconds = None if args.time_limit is None else parse_duration_ms(args.time_limit) / 1000
+        seconds = duration("--time-limit", args.time_limit)
         effort = Effort(processes=args.processes, seconds=seconds)
         if args.method == "exhaustive":
             effort = replace(effort, patience=None, refine=None)
@@ -40,7 +40,6 @@ def plan(args: argparse.Namespace) -> int:
         listed = listing(case, space, sample, args.placement, args.processes)
         with State(args.state, case.key(space)) as state:
             result = found_by(args.method, case, space, listed, sample, effort, state)
-        writable(args)
     except InputError.KINDS as error:
         print(f"vllm-suite plan: {error}", file=sys.stderr)
         return 2

@@ -58,8 +58,7 @@ def fleet_of(
         "slo": {key: value for key, value in (("ttft", _ms(slo.ttft)), ("tpot", _ms(slo.tpot))) if value},
     }
     if plan.pool("prefill") is not None:
-        # The simulated fleet hands every prompt over, short and cached ones too.
-        data["router"] = {"disaggregation": {"min_prompt_tokens": 0, "max_cached_fraction": 1.0}}
+        data["router"] = {"disaggregation": {"min_prompt_tokens": setting.serving.min_prompt_tokens}}
     return FleetSpec.model_validate(data)
 
 

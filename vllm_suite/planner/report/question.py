@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def question(args: argparse.Namespace) -> Case:
     """What is asked. Raises one of `InputError.KINDS`."""
     model, stored = load(args.model)
     hardware = cluster(args.gpus, args.hardware)
-    slo = Slo(_seconds("--ttft", args.ttft), _seconds("--tpot", args.tpot), args.attainment)
+    slo = Slo(duration("--ttft", args.ttft), duration("--tpot", args.tpot), args.attainment)
     if not 0 < args.attainment < 1:
         raise InputError(f"--attainment is a share above 0 and below 1, not {args.attainment:g}")
     if slo.ttft is None and slo.tpot is None:
@@ -50,7 +51,7 @@ def question(args: argparse.Namespace) -> Case:
     choices = Choices.parse(args.space, stored)
     if args.objective in ("cost", "energy", "latency"):
         # Fewer accelerators than there are may be what is best.
-        choices = choices if any(word.startswith("idle=") for word in args.space) else _idle(choices)
+        choices = choices if any(word.startswith("idle=") for word in args.space) else replace(choices, idle=True)
     sources = Sources(source_maker(args.source, hardware), model, stored, hardware)
     setting = Setting(
         model, stored, hardware, sources, encode_seconds=sources.encode if workload.items else None,
@@ -66,13 +67,8 @@ def question(args: argparse.Namespace) -> Case:
     return case
 
 
-def _idle(choices: Choices) -> Choices:
-    from dataclasses import replace
-
-    return replace(choices, idle=True)
-
-
-def _seconds(name: str, text: str | None) -> float | None:
+def duration(name: str, text: str | None) -> float | None:
+    """Seconds of an argument; None where it was not given. Raises InputError."""
     if text is None:
         return None
     try:

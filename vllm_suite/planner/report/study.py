@@ -36,7 +36,7 @@ class Study:
     """What `study` found.
 
     Attributes:
-        rate: the common rate: the one that was asked for, or 80 % of the best plan's highest.
+        rate: the common rate: the one that was asked for, where it is held, or 80 % of the best plan's highest.
         edge: rate of the rows of `rates` and `lengths`.
         best, colocated, disaggregated: the best of all and of those kinds; `colocated` has encoders in every engine.
         beyond: the best plan above its highest rate; `faster`: its attainment there with one pool a fifth faster.
@@ -70,8 +70,9 @@ def study(case: Case, result: SearchResult, sample: list[Request], processes: in
     best = result.best
     assert best is not None
     highest = _goodput(case, best, sample) if math.isnan(best.goodput) else best.goodput
-    rate = case.rate if case.asked and case.rate else 0.8 * highest
-    edge = rate if case.asked else highest
+    # A rate that is asked for and that nothing holds is not simulated: its queues would only grow.
+    held = case.rate if case.asked and case.rate and case.rate <= highest else None
+    rate, edge = (0.8 * highest, highest) if held is None else (held, held)
     case.sources(best.plan.pools[-1])
     error = case.sources.uncertainty
     colocated, apart = result.best_of("any"), result.best_of("prefill+decode", "encode+any", "encode+prefill+decode")

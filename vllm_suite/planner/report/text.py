@@ -75,7 +75,7 @@ def _best(case: Case, found: Study) -> Iterator[str]:
     outcome = best.outcome
     if outcome is None:
         return
-    yield f"  at {found.rate:.4g} requests/s ({'asked for' if case.asked else '80 % of that'}):"
+    yield f"  at {found.rate:.4g} requests/s ({'asked for' if found.rate == case.rate else '80 % of that'}):"
     yield from _indent(_spreads(outcome), 4)
     yield (f"    {outcome.attainment:.1%} within both targets (95 % interval {outcome.low:.1%} to {outcome.high:.1%},"
            f" {outcome.counted} requests counted)")  # fmt: skip

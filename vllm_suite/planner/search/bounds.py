@@ -20,6 +20,9 @@ from vllm_suite.planner.sources.base import FloatArray, LatencySource
 from vllm_suite.planner.sources.steps import Steps
 from vllm_suite.planner.workload import Item, Request
 
+BUBBLES = 0.75
+"""What an estimate leaves of an engine with pipeline stages: prompts make its batches unequal, and stages wait."""
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -208,9 +211,10 @@ class Bounds:
         times = source.seconds(Steps(decode_sequences=count, decode_context=count * lengths.context))
         rates = count / times * source.stages
         seconds = lengths.decoded / float(rates.max())
-        # n sequences get a token in T(n) of the time that prompts leave: gap = T(n) + n x beside / tokens.
-        gaps = times + count * beside / lengths.decoded / source.stages
-        together = count * source.stages / (lengths.decoded * gaps)
+        # n sequences of a stage get a token in T(n) of the time that prompts leave: gap = T(n) + all x beside / tokens.
+        every = count * source.stages
+        gaps = times + every * beside / lengths.decoded
+        together = every / (lengths.decoded * gaps) * (BUBBLES if source.stages > 1 else 1.0)
         if slo.tpot is None:
             return seconds, float(together.max())
         within = np.flatnonzero(times <= slo.tpot)
@@ -220,7 +224,9 @@ class Bounds:
         kept = np.sort(lengths.outputs - 1)[: max(1, math.ceil(slo.attainment * lengths.outputs.size))]
         wanted = float(kept.sum() / lengths.outputs.size)
         mixed = together[gaps <= slo.tpot]
-        return max(seconds, wanted / float(rates[within].max())), float(mixed.max()) if mixed.size else 0.0
+        # With requests that are mostly prompt the gaps of a few are long, and those of the others are not.
+        likely = float(mixed.max()) if mixed.size else 0.5 / (beside + lengths.decoded * float(times[0]))
+        return max(seconds, wanted / float(rates[within].max())), likely
 
     def plan(self, plan: Plan) -> PlanBound:
         """Of a plan; its engines are shared with the plans that were asked for before."""

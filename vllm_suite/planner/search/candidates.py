@@ -26,12 +26,14 @@ class Candidate:
 
     Attributes:
         level: 0 for the settings with the best estimate, 1 for the same engines with others.
+        fixed: its engines have their places already.
     """
 
     plan: Plan
     kind: Kind
     level: int
     bound: PlanBound
+    fixed: bool = False
 
     @property
     def group(self) -> Group:
@@ -40,7 +42,7 @@ class Candidate:
 
     def placed(self, space: Space) -> Plan | None:
         """The plan on the cluster; None where it does not stand there."""
-        return place(self.plan, space.cluster)
+        return self.plan if self.fixed else place(self.plan, space.cluster)
 
 
 def candidates(space: Space, bounds: Bounds) -> list[Candidate]:
