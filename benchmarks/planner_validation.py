@@ -41,13 +41,20 @@ def parser() -> argparse.ArgumentParser:
     default = os.environ.get("VLLM_SUITE_DATA") or str(ROOT.parent / "shared" / "data")
     parse.add_argument("--data", type=Path, default=Path(default), metavar="DIR", help="default: VLLM_SUITE_DATA")
     parse.add_argument("--only", nargs="+", default=[], metavar="ID", help="first letters of ids: D, A2, ...")
+    parse.add_argument(
+        "--apex-comm",
+        type=Path,
+        default=Path(os.environ["VLLM_SUITE_APEX_COMM"]) if "VLLM_SUITE_APEX_COMM" in os.environ else None,
+        metavar="DIR",
+        help="profile/comm/H100-SXM-80GB of microsoft/apex_plus, for A5; default: VLLM_SUITE_APEX_COMM",
+    )
     return parse
 
 
-def run(family: str, data: Path, only: list[str]) -> Iterator[Check]:
+def run(family: str, data: Path, only: list[str], **more: Any) -> Iterator[Check]:
     """The checks of one module whose ids are wanted."""
-    checks: Callable[[Path], Iterator[Check]] = import_module(f"vllm_suite.planner.validation.{family}").checks
-    for check in checks(data):
+    checks: Callable[..., Iterator[Check]] = import_module(f"vllm_suite.planner.validation.{family}").checks
+    for check in checks(data, **more):
         if not only or any(check.id.startswith(prefix) for prefix in only):
             yield check
 
@@ -81,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.only and not any(prefix.startswith(letter) for prefix in args.only):
             continue
         begin = time.process_time()
-        for check in run(family, args.data, args.only):
+        more = {"comm": args.apex_comm} if family == "apex" else {}
+        for check in run(family, args.data, args.only, **more):
             found.append(replace(check, others=dict(check.others)))
             print(f"{check.id}: {check.what}: {check.verdict}", file=sys.stderr, flush=True)
         seconds[family] = time.process_time() - begin
