@@ -76,6 +76,11 @@ def test_every_picture_is_drawn_and_says_what_it_shows(run: Run) -> None:
     assert "worse" not in pictures.svg(drawn["pareto"][0])
     curve = drawn["attainment"][0].axes[0].lines[0]
     assert np.allclose(curve.get_xydata(), [(1, 1.0), (3, 0.5)])
+    for axes, metric in zip(drawn["distributions"][0].axes, ("ttft", "tpot"), strict=True):
+        values, below = (np.asarray(each) for each in axes.lines[0].get_data())
+        part = collector.window()
+        median = collector.tally.quantile(metric, 0.5, part.begin, part.end)
+        assert np.interp(0.5, below, values) == pytest.approx(1e3 * median, rel=0.02)
     shares = drawn["distributions"][0].axes[0].lines[0].get_ydata()
     assert np.asarray(shares)[-1] == 1
     assert (np.diff(np.asarray(shares)) > 0).all()

@@ -20,7 +20,7 @@ from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.timeline import Timeline
 from vllm_suite.planner.workload import Request
 
-RATES = (0.25, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3)
+RATES = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.15, 1.3)
 """Of the best plan's highest rate, at which attainment is drawn."""
 
 

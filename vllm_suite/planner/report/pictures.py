@@ -67,17 +67,20 @@ def pareto(marks: Sequence[Mark], x: str, y: str) -> Figure:
     others, front = [mark for mark in marks if not mark.front], sorted(
         (mark for mark in marks if mark.front), key=lambda mark: mark.x
     )  # fmt: skip
-    axes.scatter([mark.x for mark in others], [mark.y for mark in others], s=14, color="#b5b5b5", label="other plans")
+    if others:
+        axes.scatter([mark.x for mark in others], [mark.y for mark in others], s=14, color="#b5b5b5", label="others")
     axes.plot(
-        [mark.x for mark in front], [mark.y for mark in front], "-o", color=_COLOURS[0], ms=5, label="Pareto front"
+        [mark.x for mark in front], [mark.y for mark in front], "-o", color=_COLOURS[0], ms=5, label="no plan beats"
     )
     for index, mark in enumerate(front):
-        axes.annotate(mark.name, (mark.x, mark.y), xytext=(5, 5 + 9 * (index % 2)), textcoords="offset points",
-                      fontsize=7)  # fmt: skip
+        # Names stay inside: those of the right half end at their mark.
+        right = index >= (len(front) + 1) // 2
+        axes.annotate(mark.name, (mark.x, mark.y), xytext=(-6 if right else 6, 6), textcoords="offset points",
+                      fontsize=7, ha="right" if right else "left")  # fmt: skip
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(0.12)
-    axes.legend(loc="best", fontsize=8)
+    axes.legend(loc="best", fontsize=8, frameon=False)
     return figure
 
 
@@ -94,13 +97,15 @@ def attainment(curves: Mapping[str, Sequence[Step]], share: float) -> Figure:
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlabel("requests per second")
     axes.set_ylabel("share within TTFT and TPOT")
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="lower left", fontsize=8, frameon=False)
     return figure
 
 
 def distributions(collectors: Mapping[str, Collector], slo: Slo) -> Figure:
     """Distribution functions of TTFT and TPOT, with the targets."""
     figure, pair = _figure(7.6, 3.4, columns=2)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for axes, metric, target in zip(pair, ("ttft", "tpot"), (slo.ttft, slo.tpot), strict=True):
         for (name, collector), colour in zip(collectors.items(), _COLOURS, strict=False):
             part = collector.window()
@@ -110,10 +115,13 @@ def distributions(collectors: Mapping[str, Collector], slo: Slo) -> Figure:
             axes.axvline(1e3 * target, color="#444444", linewidth=0.8, linestyle="--", label="target")
         axes.axhline(slo.attainment, color="#444444", linewidth=0.5, linestyle=":")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0, 1.02)
         axes.set_xlabel(f"{metric.upper()} (ms)")
         axes.set_ylabel("share of requests")
-    pair[-1].legend(loc="lower right", fontsize=8)
+    pair[-1].legend(loc="lower right", fontsize=8, frameon=False)
     return figure
 
 

@@ -1,0 +1,100 @@
+"""`vllm-suite plan --watch`: the search as what a watch asks, and the fleet file as what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from vllm_suite.planner.evaluate import goodput
+from vllm_suite.planner.plan import Plan, PlanError
+from vllm_suite.planner.search.case import Case
+from vllm_suite.planner.search.search import SearchResult
+from vllm_suite.planner.search.simulated import for_plan
+from vllm_suite.planner.simulator.jobs import SimulationError
+from vllm_suite.planner.traces import Workload
+from vllm_suite.planner.watch import Prometheus, Recorded, Settings, WatchError, watch
+
+Search = Callable[[Case], SearchResult]
+
+
+class Write(Protocol):
+    """Writes the fleet file of a plan."""
+
+    def __call__(self, plan: Plan, case: Case) -> None: ...
+
+
+class Searched:
+    """A watch's `Planner`: the same question with the traffic of now.
+
+    Args:
+        search: finds the plans of a case.
+    """
+
+    def __init__(self, case: Case, search: Search) -> None:
+        self.case, self.search = case, search
+
+    def of(self, workload: Workload) -> Case:
+        """The question for some traffic."""
+        return replace(self.case, workload=workload, rate=workload.rate, asked=True)
+
+    def best(self, workload: Workload) -> Plan | None:
+        """See `Planner`."""
+        best = self.search(self.of(workload)).best
+        return None if best is None else best.plan
+
+    def goodput(self, plan: Plan, workload: Workload) -> float:
+        """See `Planner`; by the bisection of `evaluate.goodput`."""
+        case = self.case
+        try:
+            found = goodput(plan, for_plan(case.setting, plan), workload, case.slo, requests=case.requests,
+                            start=workload.rate, seed=case.seed)  # fmt: skip
+        except (PlanError, SimulationError):
+            return 0.0
+        return found.rate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of a watch."""
+    group = parser.add_argument_group("watching a fleet: the plan of the other arguments is taken to be running")
+    group.add_argument("--watch", metavar="URL", help="of a Prometheus server that scrapes the fleet's engines")
+    group.add_argument("--watch-file", type=Path, metavar="FILE", help="recorded windows in place of a server")
+    group.add_argument("--watch-selector", default="", metavar="LABELS",
+                       help='label matchers of the engines that answer, for example job="decode"')  # fmt: skip
+    group.add_argument("--watch-record", type=Path, metavar="FILE", help="keep the windows that were seen")
+    group.add_argument("--watch-looks", type=int, metavar="N", help="end after so many looks")
+
+
+def watch_fleet(args: argparse.Namespace, case: Case, plan: Plan, search: Search, write: Write) -> int:
+    """Watch until interrupted, or for `--watch-looks`. Returns the exit status.
+
+    Args:
+        plan: that is running.
+        search: finds the plans of a case.
+        write: called with each new plan and the case it is for.
+    """
+    if case.workload.items:
+        print("vllm-suite plan: a server's metrics do not say what items requests have; watch without --images",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    planner = Searched(case, search)
+    source = Recorded(args.watch_file) if args.watch_file is not None else Prometheus(args.watch, args.watch_selector)
+    try:
+        watch(
+            source,
+            plan,
+            planner,
+            settings=Settings(),
+            changed=lambda new, workload: write(new, planner.of(workload)),
+            record=args.watch_record,
+            looks=args.watch_looks,
+        )
+    except WatchError as error:
+        print(f"vllm-suite plan: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    return 0
