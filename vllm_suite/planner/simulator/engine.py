@@ -1,61 +1,28 @@
 """One vLLM engine on a virtual clock: when each step ends, and who got a token.
 
-What a step computes is `Scheduler`'s. Here steps get their times: one after another, or, with `async_scheduling`, each
-decided on while the one before it computes (vllm/v1/engine/core.py, `step_with_batch_queue`). Engines of several
-pipeline stages or data-parallel ranks are made by `build`.
+What a step computes is `Scheduler`'s, what its end means `Outlet`'s. Here steps get their times: one after another, or,
+with `async_scheduling`, each decided on while the one before it computes (vllm/v1/engine/core.py, 0.32,
+`step_with_batch_queue`). With pipeline stages they are `Pipeline`'s, and data-parallel ranks share a `Lockstep`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
-from vllm_suite.planner.simulator.jobs import Job, Learner, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.jobs import Job, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
 from vllm_suite.planner.simulator.lockstep import Lockstep
+from vllm_suite.planner.simulator.outlet import Outlet
 from vllm_suite.planner.simulator.pipeline import Pipeline
-from vllm_suite.planner.simulator.scheduler import Scheduler
+from vllm_suite.planner.simulator.steps import EMPTY, Observer, Plan, hidden, last
 from vllm_suite.planner.sources.base import LatencySource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps, pairs
 
 __all__ = ["Engine", "Limits", "Observer", "Plan"]
 
 
-class Observer(Protocol):
-    """Sees every run of steps, for timelines, occupancy and single gaps. It costs time: one call for each event."""
-
-    def __call__(
-        self, engine: Engine, start: float, end: float, count: int, steps: Steps, line: DecodeLine | None
-    ) -> None:
-        """`count` steps ended. `steps` is the first of them; `line` gives the times of each where they only decode."""
-        ...
-
-
-class Plan:
-    """A step that was decided on, or a run of steps in which the same jobs decode.
-
-    Attributes:
-        steps: the first of them; empty in a run that nobody observes.
-        seconds: of the first.
-        line: times of each; None with prompts.
-        count: steps.
-        sampled, leaving: what `Scheduler._apply` returned; None until then.
-    """
-
-    __slots__ = ("count", "leaving", "line", "sampled", "seconds", "steps")
-
-    def __init__(self, steps: Steps, seconds: float, line: DecodeLine | None, count: int) -> None:
-        self.steps, self.seconds, self.line, self.count = steps, seconds, line, count
-        self.sampled: Sequence[Job] | None = None
-        self.leaving: Sequence[Job] = ()
-
-
-_EMPTY = Steps()
-
-
-class Engine(Scheduler):
+class Engine(Outlet):
     """Steps of a colocated engine, or of a prefill or a decode instance.
 
     A step with prompts is one event. Steps in which the same requests only decode are one event together, up to the
@@ -63,8 +30,7 @@ class Engine(Scheduler):
     step of such a run is an event of its own: during it the next one is decided on.
 
     Attributes:
-        number: unique among engines of a clock.
-        busy: seconds in steps.
+        busy: seconds in steps; with pipeline stages the mean of what each of them was busy.
         steps: how many ended.
     """
 
@@ -89,8 +55,8 @@ class Engine(Scheduler):
             prefill_only: jobs are finished at their first token. Where more are to come, elsewhere, their blocks are
                 kept until `release`.
         """
-        super().__init__(limits, waiting, prefill_only=prefill_only)
-        self.clock, self.source, self.finished, self.number, self.observer = clock, source, finished, number, observer
+        super().__init__(limits, waiting, finished, number, prefill_only=prefill_only)
+        self.clock, self.source, self.observer = clock, source, observer
         self.busy, self.steps = 0.0, 0
         self._ahead = limits.async_scheduling
         # What is under way, of which `_count` steps end with the event `_version`; and what was decided on after it.
@@ -99,10 +65,8 @@ class Engine(Scheduler):
         self._plan: Plan | None = None
         self._count, self._start = 0, 0.0
         self._version, self._idle = 0, True
-        self._holding: dict[int, tuple[Job, int]] = {}
         self._pipeline = Pipeline(self) if source.stages > 1 else None
         self._lockstep = lockstep
-        self._learner = self.waiting if isinstance(self.waiting, Learner) and not prefill_only else None
         self._pace: DecodeLine | None = None
         if lockstep is not None:
             lockstep.join(self)
@@ -119,8 +83,7 @@ class Engine(Scheduler):
             raise SimulationError(
                 f"request {job.number} needs {most} tokens of cache, engine {self.number} has {blocks * size}"
             )
-        if self._pipeline is not None:
-            self._pipeline.accepted()
+        self._inside += 1
         self.waiting.push(job, now)
         if self._idle or self.waiting.peek(now) is job:
             self._awake(now)
@@ -134,15 +97,7 @@ class Engine(Scheduler):
         Raises:
             SimulationError: there are not as many.
         """
-        if blocks > self.kept:
-            raise SimulationError(f"engine {self.number} keeps {self.kept} blocks, {blocks} were released")
-        self.kept -= blocks
-        if self.cache is None:
-            self.free += blocks
-        else:
-            key = job.number if job else next(key for key, (_, held) in self._holding.items() if held == blocks)
-            left, held = self._holding.pop(key)
-            self._give_back(left, held, left.target, left=True)
+        self._release(blocks, job)
         if len(self.waiting):
             self._awake(now)
 
@@ -227,12 +182,12 @@ class Engine(Scheduler):
             return
         line = source.decode_line(*shape)
         if self._ahead:
-            line = _hidden(line, source.host_seconds(decoding.count))
+            line = hidden(line, source.host_seconds(decoding.count))
         # A step that preempted admits nobody; the next one may.
         count = 1 if preempted else decoding.run(self.free, self._ghosts)
         if count > line.steps:
             count = max(1, int(line.steps))
-        steps = _EMPTY if self.observer is None else Steps(0, 0, 0, 0, *shape)
+        steps = EMPTY if self.observer is None else Steps(0, 0, 0, 0, *shape)
         self._plan = Plan(steps, line.seconds, line, count)
 
     def _proceed(self, now: float) -> None:
@@ -284,7 +239,7 @@ class Engine(Scheduler):
         else:
             decoding.flying = 0
             if plan is flight:
-                plan = self._plan = _last(flight, count)
+                plan = self._plan = last(flight, count)
                 plan.sampled, plan.leaving = self._apply(count + 1)
             elif plan is not None and plan.count == 1:
                 plan.sampled, plan.leaving = self._apply(1)
@@ -295,79 +250,3 @@ class Engine(Scheduler):
             plan.count = 1
             plan.sampled, plan.leaving = self._apply(1)
         self._proceed(now)
-
-    def _settle(self, flight: Plan, now: float) -> bool:
-        """Tokens of a step come out; whether anybody left."""
-        decoding, left = self.decoding, False
-        # First tokens before ends: ahead, a job of one token is among those that decode.
-        for job in flight.sampled or ():
-            if job.first_token != job.first_token:
-                job.first_token = now
-            else:
-                job.longest_gap = max(job.longest_gap, now - job.last_token)
-        for job in decoding.complete(decoding.ended) if decoding.ready() else ():
-            held = decoding.held(job)
-            self._note_gap(job)
-            decoding.leave(job)
-            self._give_back(job, held, job.prompt + job.output - 1, left=True)
-            self._done(job, now)
-            left = True
-        if decoding.ending or flight.leaving or decoding.late:
-            left |= self._leave(flight, now)
-        return left
-
-    def _leave(self, flight: Plan, now: float) -> bool:
-        """Jobs leave that do not decode any more, and those that lost their cache get the tokens under way."""
-        decoding = self.decoding
-        late, decoding.late = decoding.late, []
-        for job in late:
-            self._note_gap(job)
-            job.last_token = now
-            job.flying -= 1
-            if job.generated == job.output:
-                if self.cache is not None:
-                    self.cache.forget(job)
-                self._done(job, now)
-        ending, decoding.ending = decoding.ending, []
-        for job in ending:
-            self._note_gap(job)
-            self._give_back(job, job.held, job.prompt + job.output - 1, left=True)
-            self._done(job, now)
-        for job in flight.leaving:
-            if self.prefill_only and job.generated < job.output:
-                self.kept += job.held
-                if self.cache is not None:
-                    self._holding[job.number] = (job, job.held)
-            else:
-                self._give_back(job, job.held, job.prompt + job.output - 1, left=True)
-            self._done(job, now)
-        return bool(ending or flight.leaving)
-
-    def _done(self, job: Job, now: float) -> None:
-        job.last_token = now
-        self.running.pop(job.number, None)
-        if self._pipeline is not None:
-            self._pipeline.finished()
-        if self._learner is not None:
-            self._learner.left(job, now)
-        self.finished(job, now)
-
-
-def _hidden(line: DecodeLine, host: float) -> DecodeLine:
-    """The same steps where the host's share of each overlaps with the step before it."""
-    seconds = line.seconds - host
-    if seconds >= host:
-        return DecodeLine(seconds, line.slope, line.steps)
-    until = math.ceil((host - seconds) / line.slope) if line.slope > 0 else math.inf
-    return DecodeLine(host, 0.0, min(line.steps, until))
-
-
-def _last(run: Plan, count: int) -> Plan:
-    """The step after the first `count` of a run."""
-    line, steps = run.line, run.steps
-    assert line is not None
-    seconds = line.seconds + line.slope * count
-    if steps is not _EMPTY:
-        own, context, longest, shortest = steps[4:]
-        steps = Steps(0, 0, 0, 0, own, context + own * count, longest + count, shortest + count)
-    return Plan(steps, seconds, DecodeLine(seconds, line.slope), 1)

@@ -18,7 +18,8 @@ from vllm_suite.planner.simulator.decoding import Decoding
 from vllm_suite.planner.simulator.jobs import Job
 
 if TYPE_CHECKING:
-    from vllm_suite.planner.simulator.engine import Engine, Plan
+    from vllm_suite.planner.simulator.engine import Engine
+    from vllm_suite.planner.simulator.steps import Plan
     from vllm_suite.planner.sources.steps import Steps
 
 
@@ -57,26 +58,17 @@ class Pipeline:
         self.cohorts = [engine.decoding, *(Decoding(engine.limits.block_size) for _ in range(stages - 1))]
         self.last_end = [0.0] * stages
         self.free_at = [0.0] * stages
-        self.calls, self._unfinished, self._finished = 0, 0, False
-
-    def accepted(self) -> None:
-        """A job was given to the engine."""
-        self._unfinished += 1
-
-    def finished(self) -> None:
-        """A job left the engine."""
-        self._unfinished -= 1
-        self._finished = True
+        self.calls = 0
 
     def proceed(self, now: float) -> None:
         """Schedule until a result has to be waited for."""
         engine, queue, empty = self.engine, self.queue, 0
         while True:
-            if self._unfinished or self._finished:
-                self._finished = False
+            if engine._inside or engine._left:
+                engine._left = False
                 batch = self._next(now)
                 queue.append(batch)
-                if len(queue) < self.places and (batch.plan is not None or self._unfinished):
+                if len(queue) < self.places and (batch.plan is not None or engine._inside):
                     continue
             if not queue or (empty > self.places and all(each.plan is None for each in queue)):
                 # What waits can only be let in by somebody else.

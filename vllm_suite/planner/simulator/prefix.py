@@ -10,42 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vllm_suite.planner.simulator.jobs import Job, SimulationError
-
-
-class _Run:
-    """Blocks `low` to before `high` of one piece of content, all held by the same jobs.
-
-    Attributes:
-        node: the piece; None where nobody will ask for it again.
-        refs: jobs that hold them; free at 0, then between `before` and `after` in the order in which they are taken.
-        rest: what was cut off behind it.
-    """
-
-    __slots__ = ("after", "before", "high", "low", "node", "refs", "rest")
-
-    def __init__(self, node: _Node | None, low: int, high: int, refs: int) -> None:
-        self.node, self.low, self.high, self.refs = node, low, high, refs
-        self.rest: _Run | None = None
-        self.before: _Run | None = None
-        self.after: _Run | None = None
-
-
-class _Node:
-    """A piece of content after another one: the blocks of one id of a request's prefix."""
-
-    __slots__ = ("id", "next", "parent", "runs")
-
-    def __init__(self, parent: _Node | None, id_: int) -> None:
-        self.parent, self.id = parent, id_
-        self.next: dict[int, _Node] = {}
-        # In the order in which their blocks became findable; of equal ones the first is found.
-        self.runs: list[_Run] = []
+from vllm_suite.planner.simulator.runs import FreeRuns, Node, Run
 
 
 class _Piece(NamedTuple):
     """Blocks `low` to before `high` of a piece of content; they may have been cut into several runs, `run` first."""
 
-    run: _Run
+    run: Run
     low: int
     high: int
 
@@ -63,10 +34,10 @@ class _Held:
 
     __slots__ = ("done", "lost", "node", "per", "pieces", "shared")
 
-    def __init__(self, shared: int, per: int, root: _Node) -> None:
+    def __init__(self, shared: int, per: int, root: Node) -> None:
         self.shared, self.per, self.done, self.node = shared, per, 0, root
         self.pieces: list[_Piece] = []
-        self.lost: _Run | None = None
+        self.lost: Run | None = None
 
 
 class PrefixCache:
@@ -79,10 +50,9 @@ class PrefixCache:
     def __init__(self, blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self._blank = blocks
-        self._root = _Node(None, 0)
+        self._root = Node(None, 0)
         self._jobs: dict[int, _Held] = {}
-        self._ends = _Run(None, 0, 0, 0)
-        self._ends.before = self._ends.after = self._ends
+        self._free = FreeRuns()
         self._match: list[_Piece] = []
         self._own = 0
 
@@ -93,7 +63,7 @@ class PrefixCache:
             return
         count -= self._blank
         self._blank = 0
-        ends = self._ends
+        ends = self._free.ends
         while count:
             run = ends.after
             assert run is not None
@@ -104,10 +74,10 @@ class PrefixCache:
                 return
             count -= here
             run.high = run.low
-            self._unlink(run)
+            self._free.unlink(run)
             if run.node is not None:
                 run.node.runs.remove(run)
-                self._prune(run.node)
+                self._free.prune(run.node)
 
     def find(self, job: Job, target: int) -> tuple[int, int]:
         """Blocks at the start of a waiting job's tokens that need no computing, and how many of them are free.
@@ -159,7 +129,7 @@ class PrefixCache:
             )
         return _Held(min(len(job.prefix) * per, job.prompt // self.block_size), per, self._root)
 
-    def _cover(self, node: _Node, want: int) -> int:
+    def _cover(self, node: Node, want: int) -> int:
         """Append what is there of the first `want` blocks of a piece; how many follow one another from the start."""
         position, runs = 0, node.runs
         while position < want:
@@ -185,11 +155,11 @@ class PrefixCache:
                 assert run.rest is not None
                 run = run.rest
             if run.low < low:
-                run = self._cut(run, low)
+                run = self._free.cut(run, low)
             if run.high > high:
-                self._cut(run, high)
+                self._free.cut(run, high)
             if not run.refs:
-                self._unlink(run)
+                self._free.unlink(run)
             run.refs += 1
             held.pieces.append(_Piece(run, low, high))
             held.done += high - low
@@ -199,7 +169,7 @@ class PrefixCache:
             assert held.lost is not None
             held.lost.low += self._own
             if held.lost.low == held.lost.high:
-                self._unlink(held.lost)
+                self._free.unlink(held.lost)
         held.lost = None
 
     def commit(self, job: Job, tokens: int) -> None:
@@ -213,7 +183,7 @@ class PrefixCache:
                 id_ = job.prefix[index]
                 node = held.node.next.get(id_)
                 if node is None:
-                    node = held.node.next[id_] = _Node(held.node, id_)
+                    node = held.node.next[id_] = Node(held.node, id_)
                 held.node = node
             node = held.node
             count = min(per - offset, most - held.done)
@@ -225,7 +195,7 @@ class PrefixCache:
                     run.rest = None
                     held.pieces[-1] = _Piece(run, low, offset + count)
                     continue
-            run = _Run(node, offset, offset + count, 1)
+            run = Run(node, offset, offset + count, 1)
             node.runs.append(run)
             held.pieces.append(_Piece(run, offset, offset + count))
 
@@ -245,22 +215,22 @@ class PrefixCache:
         if left:
             del self._jobs[job.number]
         if full:
-            last = self._ends.before
+            last = self._free.ends.before
             assert last is not None
-            if left and last.node is None and last is not self._ends and last.rest is self._ends:
+            if left and last.node is None and last is not self._free.ends and last.rest is self._free.ends:
                 last.high += full
             else:
-                run = _Run(None, 0, full, 0)
-                self._append(run)
+                run = Run(None, 0, full, 0)
+                self._free.append(run)
                 if left:
                     # Marks blocks that nobody asks for, to which others can be added.
-                    run.rest = self._ends
+                    run.rest = self._free.ends
                 else:
                     held.lost = run
         freed = own
         for run, _, high in reversed(held.pieces):
-            parts: list[_Run] = []
-            part: _Run | None = run
+            parts: list[Run] = []
+            part: Run | None = run
             while part is not None and part.low < high:
                 parts.append(part)
                 part = part.rest
@@ -268,7 +238,7 @@ class PrefixCache:
                 part.refs -= 1
                 if not part.refs:
                     freed += part.high - part.low
-                    self._append(part)
+                    self._free.append(part)
         held.pieces.clear()
         held.done, held.node = 0, self._root
         return freed
@@ -276,35 +246,3 @@ class PrefixCache:
     def forget(self, job: Job) -> None:
         """A job that holds nothing will not come back."""
         self._jobs.pop(job.number, None)
-
-    def _cut(self, run: _Run, at: int) -> _Run:
-        """Cut a run in two before block `at`; returns the second."""
-        rest = _Run(run.node, at, run.high, run.refs)
-        rest.rest, run.rest, run.high = run.rest, rest, at
-        if run.node is not None:
-            run.node.runs.insert(run.node.runs.index(run) + 1, rest)
-        if not run.refs:
-            before = run.before
-            assert before is not None
-            rest.before, rest.after = before, run
-            before.after = run.before = rest
-        return rest
-
-    def _append(self, run: _Run) -> None:
-        last = self._ends.before
-        assert last is not None
-        run.before, run.after = last, self._ends
-        last.after = self._ends.before = run
-
-    def _unlink(self, run: _Run) -> None:
-        before, after = run.before, run.after
-        assert before is not None
-        assert after is not None
-        before.after, after.before = after, before
-        run.before = run.after = None
-
-    def _prune(self, node: _Node | None) -> None:
-        """Forget pieces of which nothing is left."""
-        while node is not None and node.parent is not None and not node.runs and not node.next:
-            node.parent.next.pop(node.id, None)
-            node = node.parent
