@@ -1,0 +1,103 @@
+"""The length-aware order of simulated engines: by hand, and what it does to an overloaded engine."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+from simulated import ExactSource
+
+from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.simulator.jobs import FirstCome, Job, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.order import LengthOrder
+from vllm_suite.planner.simulator.pool import simulate
+
+
+def taught(order: LengthOrder, **lengths: int) -> LengthOrder:
+    """With lengths of classes known from eight jobs each."""
+    for label, output in lengths.items():
+        for number in range(8):
+            order.left(Job(-number - 1, 0.0, 10, output, label=label), 1.0)
+    return order
+
+
+def drain(order: LengthOrder, now: float) -> list[int]:
+    return [(order.peek(now), order.pop(now).number)[1] for _ in range(len(order))]
+
+
+def test_with_nothing_known_the_first_comes_first() -> None:
+    order = LengthOrder("kappa")
+    for number in range(3):
+        order.push(Job(number, float(number), 10, 1 + number), 5.0)
+    assert drain(order, 5.0) == [0, 1, 2]
+
+
+def test_a_token_is_worth_kappa_seconds() -> None:
+    # About 1000 tokens against 10 at 0.02 s: the short one goes first where it comes less than some 20 s later.
+    for later, expected in ((15.0, [1, 0]), (25.0, [0, 1])):
+        order = taught(LengthOrder("kappa"), long=1000, short=10)
+        order.push(Job(0, 100.0, 10, 1000, label="long"), 100.0)
+        order.push(Job(1, 100.0 + later, 10, 10, label="short"), 100.0 + later)
+        assert drain(order, 130.0) == expected
+
+
+def test_what_is_learned_reaches_those_that_wait_and_keys_only_fall() -> None:
+    order = taught(LengthOrder("kappa"), a=1000, b=500)
+    order.push(Job(0, 100.0, 10, 5, label="a"), 100.0)
+    order.push(Job(1, 100.0, 10, 5, label="b"), 100.0)
+    assert order.peek(100.0).number == 1
+    for number in range(40):
+        order.left(Job(-number - 1, 0.0, 10, 5, label="a"), 101.0)
+    assert order.peek(101.0).number == 0
+    for number in range(80):
+        order.left(Job(-number - 1, 0.0, 10, 60_000, label="a"), 102.0)
+    assert order.peek(110.0).number == 0
+
+
+def test_one_that_lost_its_cache_goes_back_to_its_place() -> None:
+    order = taught(LengthOrder("kappa"), x=100)
+    jobs = [Job(number, 100.0 + number, 10, 100, label="x") for number in range(3)]
+    for job in jobs:
+        order.push(job, job.arrival)
+    first = order.pop(103.0)
+    first.generated = 5
+    order.push_back(first, 104.0)
+    assert drain(order, 104.0) == [0, 1, 2]
+
+
+def test_the_boost_is_bounded() -> None:
+    order = taught(LengthOrder("boost", max_boost_s=10.0), long=1000, short=10)
+    for number in range(32):
+        order.push(Job(number, 0.0, 10, 1, label="long" if number % 2 else "short"), 0.0)
+        order.left(
+            Job(-1 - number, -1000.0, 10, 1000 if number % 2 else 10, label="long" if number % 2 else "short"), 0.0
+        )
+    drain(order, 0.0)
+    order.push(Job(100, 100.0, 10, 1, label="long"), 100.0)
+    # Latencies of 10 s: the long one goes forward by some 4 s, a short one by 16 s, of which 10 are allowed.
+    order.push(Job(101, 105.0, 10, 1, label="short"), 105.0)
+    order.push(Job(102, 108.0, 10, 1, label="short"), 108.0)
+    assert drain(order, 108.0) == [101, 100, 102]
+
+
+@pytest.mark.parametrize("rule", ["kappa", "boost"])
+def test_in_overload_the_mean_falls(rule: str) -> None:
+    draw, at, rows = random.Random(3), 0.0, []
+    for number in range(400):
+        at += draw.expovariate(0.6)
+        label, mean = draw.choice([("s", 4), ("l", 80)])
+        rows.append((number, at, 16, max(1, int(draw.expovariate(1 / mean))), label))
+
+    def mean_latency(queue: WaitingQueue) -> float:
+        jobs = [Job(*row[:4], label=row[4]) for row in rows]
+        limits = Limits(1000, max_num_seqs=16)
+        simulate(jobs, ExactSource(1.0, 0.01), limits, lambda job, now: None, queue=lambda: queue)
+        return statistics.fmean(job.last_token - job.arrival for job in jobs)
+
+    assert mean_latency(LengthOrder(rule, kappa=5.0)) < 0.8 * mean_latency(FirstCome())  # type: ignore[arg-type]
+
+
+def test_another_rule_is_refused() -> None:
+    with pytest.raises(SimulationError, match="boost or kappa"):
+        LengthOrder("sjf")  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""The simulated length-aware order beside the plugin's, on vLLM's scheduler: how far the mean latency moves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+from replay_cases import make_policy
+from replay_engine import EngineSettings, replay
+from replay_harness import STEPS
+from replay_workload import Room
+from test_replay_order import rows
+
+from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.simulator.jobs import FirstCome, Job, WaitingQueue
+from vllm_suite.planner.simulator.order import LengthOrder
+from vllm_suite.planner.simulator.pool import simulate
+from vllm_suite.planner.sources.base import FloatArray, LatencySource, Outside, Uncertainty
+from vllm_suite.planner.sources.steps import DecodeLine, Steps
+
+# What is not simulated, off.
+PLAIN = "victims.enabled=false,headroom_tokens=0,groups.enabled=false"
+ORDERS: dict[str, tuple[str, Callable[[], WaitingQueue]]] = {
+    "first come": ("fcfs", FirstCome),
+    "kappa 0.02": (f"ours:rule=kappa,kappa=0.02,{PLAIN}", lambda: LengthOrder("kappa", kappa=0.02)),
+    "kappa 0.1": (f"ours:rule=kappa,kappa=0.1,{PLAIN}", lambda: LengthOrder("kappa", kappa=0.1)),
+    "boost": (f"ours:{PLAIN}", lambda: LengthOrder("boost")),
+}
+
+
+class Affine(LatencySource):
+    """The replay's step times for the simulator."""
+
+    name, uncertainty, outside = "affine", Uncertainty(0.0, "by definition"), Outside("refuse")
+
+    def step_seconds(self, steps: Steps) -> float:
+        return STEPS.step_seconds(steps)  # type: ignore[arg-type]
+
+    def seconds(self, steps: Steps) -> FloatArray:
+        return np.array(self.step_seconds(steps))
+
+    def decode_line(self, sequences: int, context: float, longest: float = 0, shortest: float = 0) -> DecodeLine:
+        first = self.step_seconds(Steps(decode_sequences=sequences, decode_context=context))
+        return DecodeLine(first, STEPS.per_kv_token * sequences)
+
+
+@cache
+def means(order: str) -> tuple[float, float]:
+    """Mean latency on vLLM's scheduler and in the simulator, in overload and with a cache that is short."""
+    policy, queue = ORDERS[order]
+    work, room = rows(1.3), Room(blocks=400, seqs=16)
+    settings, client = make_policy(policy, EngineSettings(room=room))
+    real = replay(work, settings, STEPS, client).latency
+    jobs = [Job(index, row.arrival_s or 0.0, row.prompt, row.output, label=row.label) for index, row in enumerate(work)]
+    simulate(jobs, Affine(), Limits(399, max_num_seqs=16), lambda job, now: None, queue=queue)
+    return statistics.fmean(real), statistics.fmean(job.last_token - job.arrival for job in jobs)
+
+
+@pytest.mark.parametrize("order", list(ORDERS)[1:])
+def test_the_mean_moves_as_on_vllms_scheduler(order: str) -> None:
+    (real, simulated), (first_real, first_simulated) = means(order), means("first come")
+    assert first_simulated == pytest.approx(first_real, rel=1e-9)
+    print(
+        f"{order}: {real / first_real - 1:+.1%} on vLLM's scheduler, {simulated / first_simulated - 1:+.1%} simulated"
+    )
+    assert simulated / first_simulated == pytest.approx(real / first_real, abs=0.04)
+    assert simulated < 0.85 * first_simulated
