@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_suite.planner.sources.base import SourceError
 from vllm_suite.planner.validation.measured import Run, checks
 
 DATA = Path(os.environ.get("VLLM_SUITE_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
@@ -58,6 +59,10 @@ def test_a_run_is_read_as_it_was_measured(tmp_path: Path) -> None:
                          "Qwen/Qwen3-30B-A3B-Instruct-2507"))  # fmt: skip
     assert tuned.base == "Qwen/Qwen3-30B-A3B"
     assert (tuned.parallel.dp, tuned.parallel.ep) == (2, True)
+    half = Run.read(run(tmp_path / "RTXPRO6000_H", {**ENGINE, "dtype": "float16", "kv_cache_dtype": "fp8_e4m3"}))
+    assert (half.quant.weights, half.quant.kv) == ("fp16", "fp8")
+    with pytest.raises(SourceError, match="fp16-kvfp8"):
+        half.tables(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 
 from vllm_suite.planner.hardware import Cluster, HardwareError, cluster
 from vllm_suite.planner.hardware.collectives import Collectives
-from vllm_suite.planner.models import ModelError, Parallel, load, names
+from vllm_suite.planner.models import ModelError, Parallel, Quantization, load, names
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.jobs import SimulationError
@@ -102,6 +102,12 @@ class Run:
             raise ModelError(f"no bundled config of {self.model}")
         return max(found, key=len)
 
+    @property
+    def quant(self) -> Quantization:
+        """Formats of weights and cache. Raises ModelError for one that is not known."""
+        engine = self.engine
+        return Quantization.named(str(engine.get("dtype", "auto")), kv=str(engine.get("kv_cache_dtype", "auto")))
+
     def measured(self) -> dict[str, float]:
         """Seconds by quantity."""
         rows = self.rows
@@ -118,8 +124,7 @@ class Run:
             Request(number, row["queued_ts"] - start, row["input_toks"], row["output_toks"])
             for number, row in enumerate(self.rows)
         )
-        model, quant = load(self.base)
-        setting = Setting(model, quant, self.accelerators, lambda pool: source)
+        setting = Setting(load(self.base).model, self.quant, self.accelerators, lambda pool: source)
         engine = self.engine
         pool = PoolPlan(
             "any",
@@ -137,13 +142,16 @@ class Run:
 
     def tables(self, perf: Path) -> TableSource:
         """Step times from the profile. Raises SourceError where it is not there."""
-        folder = perf / self.hardware / self.model / ("bf16" if self.engine.get("dtype") != "float16" else "fp16")
+        # Their names of variants: the type of weights, and that of the cache where it is another.
+        variant = {"float16": "fp16", "half": "fp16", "float32": "fp32"}.get(str(self.engine.get("dtype")), "bf16")
+        if str(self.engine.get("kv_cache_dtype", "auto")).startswith("fp8"):
+            variant += "-kvfp8"
+        folder = perf / self.hardware / self.model / variant
         return TableSource(folder, load(self.base).model, self.parallel, collectives=Collectives(self.accelerators))
 
     def roofline(self) -> RooflineSource:
         """Step times from shapes and rates."""
-        model, quant = load(self.base)
-        return RooflineSource(model, quant, self.parallel, self.accelerators)
+        return RooflineSource(load(self.base).model, self.quant, self.parallel, self.accelerators)
 
 
 def _quantities(first: Any, gaps: Any, whole: Any) -> dict[str, float]:
