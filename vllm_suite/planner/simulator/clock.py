@@ -52,7 +52,7 @@ class Clock:
         """Call `handler(time, version)` at that time.
 
         Args:
-            kind: a `Kind`, or an integer above those.
+            kind: a `Kind`, or another integer; at one moment the lowest comes first.
             number: who posts it: the engine's, the request's.
             version: unique for a kind and a number, so that events are totally ordered; and by it an owner knows an
                 event that it has superseded.

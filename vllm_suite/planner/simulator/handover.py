@@ -17,9 +17,11 @@ from vllm_suite.planner.sources.transfers import Transfers
 
 
 class Event(IntEnum):
-    """Kinds of events of a fleet, after those of its engines (`Kind`)."""
+    """Kinds of events of a fleet, beside those of its engines (`Kind`). The end of a transfer comes before the end of a
+    step at the same moment, which tells of it.
+    """
 
-    MOVED = 3
+    MOVED = -1
     HOP = 4
     LEASE = 5
     TICK = 6
