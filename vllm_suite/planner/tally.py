@@ -69,7 +69,7 @@ class Tally:
             self.flush()
 
     def flush(self) -> None:
-        """Sum up what came since the last time."""
+        """Sum up what came since the last time. Raises ValueError for a request without times."""
         if not self._rows:
             return
         table = np.array(self._rows)
@@ -80,6 +80,8 @@ class Tally:
             self._widen()
         several = output > 1
         ttft, latency = first - arrival, last - arrival
+        if np.isnan(latency + ttft).any():
+            raise ValueError("a request ended without the times of its first and its last token")
         tpot = np.where(several, (last - first) / np.maximum(output - 1, 1), 0.0)
         quick = np.ones(len(table), dtype=bool) if self.slo.ttft is None else ttft <= self.slo.ttft
         fluent = np.ones(len(table), dtype=bool) if self.slo.tpot is None else tpot <= self.slo.tpot

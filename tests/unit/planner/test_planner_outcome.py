@@ -106,6 +106,13 @@ def test_stages_of_a_request_through_all_pools() -> None:
     assert one.queue_s == 0.5 + 0.75 + 0.25 + 0.5
 
 
+def test_a_request_without_times_is_an_error() -> None:
+    with pytest.raises(ValueError, match="first and its last token"):
+        collected(iter([served(0, 1.0, math.nan, 0.1)]))
+    with pytest.raises(ValueError, match="no request to judge"):
+        collected((served(i, float(i), 0.1, 0.1) for i in range(5)), warm_up=100.0)
+
+
 def test_an_outcome_is_json() -> None:
     found = evaluate(ONE, SETTING, lambda: Workload.synthetic(50, 1).requests(5.0, 200), SLO, rate=5.0)
     assert found.tpot.mean != found.tpot.mean
