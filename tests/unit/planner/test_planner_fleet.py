@@ -135,6 +135,8 @@ def test_a_last_prompt_token_costs_what_a_decoded_one_does() -> None:
 def test_each_stage_is_a_hop_from_the_router() -> None:
     (one,), _ = serve(PD, setting(serving=Serving(min_prompt_tokens=0, hop_s=0.25)), [Request(0, 0.0, 8, 1)])
     assert (one.prefilled, one.transfer_start) == (2.0, 2.25)
+    (one,), _ = serve(PD, setting(serving=Serving(min_prompt_tokens=0, pull_s=0.5)), [Request(0, 0.0, 8, 1)])
+    assert one.transferred - one.transfer_start == pytest.approx(0.5 + pull_seconds(1))
 
 
 def test_blocks_stay_on_prefill_until_they_are_pulled() -> None:

@@ -143,7 +143,7 @@ class Costs:
         )
         model, tokens = setting.model, blocks * size
         held = [kv_bytes(model, quant, cut, tokens, stage=stage, block=size) for stage in range(cut.pp)]
-        return seconds, sum(held) * cut.tp
+        return setting.serving.pull_s + seconds, sum(held) * cut.tp
 
     def item(self, source: Place, target: Place, size: float) -> float:
         """Seconds of an encoder's output of so many bytes."""

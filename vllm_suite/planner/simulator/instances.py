@@ -182,7 +182,7 @@ class Receiving(Hosted):
         while budget > 0 and len(line.inner) and len(self.running) < most:
             head = line.remote(now)
             if head is not None:
-                blocks = self._begin(head, available - self._owed(), now)
+                blocks = self._begin(head, available, now)
                 if blocks < 0:
                     return
                 available -= blocks
@@ -206,11 +206,6 @@ class Receiving(Hosted):
         tokens = min(budget, leg.target - leg.done)
         self._take(leg, tokens, 0)
         return tokens
-
-    def _owed(self) -> int:
-        """Blocks that prompts in chunks have yet to get. No pull may take them: it cannot be preempted."""
-        size = self._size
-        return sum(-(-job.target // size) - job.held for job, tokens in self._chunks if job.done + tokens < job.target)
 
     @property
     def _size(self) -> int:

@@ -26,6 +26,7 @@ class Serving:
             before goes straight to it, and so does one with fewer other tokens than `min_prompt_tokens`; tokens of
             prompts that the router remembers of an instance.
         hop_s: seconds from the answer of one stage until the next stage has the request; 0 where nobody measured it.
+        pull_s: seconds that the pull of a request's keys and values takes beside what `Transfers` says.
         streams: whose token the client sees first. The suite's router throws prefill's away and streams decode's;
             DistServe and EPD stream prefill's.
         max_hold_s: how long a prefill instance keeps blocks for a decode instance that has claimed them.
@@ -39,6 +40,7 @@ class Serving:
     max_cached_fraction: float = 0.75
     history_tokens: int = 65_536 * 128
     hop_s: float = 0.0
+    pull_s: float = 0.0
     streams: Literal["decode", "prefill"] = "decode"
     max_hold_s: float = 600.0
     encode_policy: Literal["cache_affinity", "least_encode_tokens"] = "cache_affinity"
