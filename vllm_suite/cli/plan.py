@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, metavar="FLEET.yaml", help="the plan as a file for `vllm-suite up`")
     group.add_argument("--json", type=Path, metavar="FILE", help="everything in the report and more")
-    group.add_argument("--html", type=Path, metavar="FILE", help="the report with pictures (extra `plots`)")
+    group.add_argument("--html", type=Path, metavar="FILE", help="the report with pictures; needs matplotlib")
+    group.add_argument("--timeline", type=Path, metavar="FILE", help="with --html: the best plan's run as Chrome trace")
 
 
 def run(args: argparse.Namespace) -> int:

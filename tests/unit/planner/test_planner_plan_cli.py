@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from vllm_suite.cli.main import main
+from vllm_suite.cli.plan import add_arguments
 from vllm_suite.fleet.files import load_fleet
 from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.models import Parallel, load, with_swiftkv
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Slo
 from vllm_suite.planner.report.fleet import fleet_of
+from vllm_suite.planner.report.question import question
 from vllm_suite.planner.simulator.setting import Setting
 
 SMALL = ["--model", "Qwen/Qwen3-0.6B", "--gpus", "2xRTX-4090", "--isl", "200", "--osl", "20", "--requests", "200",
@@ -231,15 +233,16 @@ def test_a_format_that_vllm_cannot_make_is_refused():
         fleet_of(made, own, Slo(1.0, 0.1), model="m")
 
 
-def test_a_known_folder_is_what_the_fleet_serves(tmp_path, capsys):
+def test_a_known_folder_is_what_the_fleet_serves(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     config = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
               "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1000,
               "max_position_embeddings": 4096}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
     words = [str(folder / "config.json") if word == "Qwen/Qwen3-0.6B" else word for word in SMALL]
-    path: Path = tmp_path / "f.yaml"
-    assert plan("--ttft", "200ms", "--tpot", "20ms", "-o", str(path), base=words) == 0
-    assert load_fleet(path).model == str(folder)
-    capsys.readouterr()
+    case = question(parser.parse_args([*words, "--ttft", "1s"]))
+    assert case.name == str(folder)
+    assert case.model.hidden == 512

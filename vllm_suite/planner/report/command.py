@@ -49,7 +49,8 @@ def plan(args: argparse.Namespace) -> int:
         _write_json(args.json, case, result, None, why)
         return 1
     found = study(case, result, sample, args.processes)
-    sys.stdout.write(report(case, result, found))
+    text = report(case, result, found)
+    sys.stdout.write(text)
     short = missed(case, result.best)
     if short:
         print(f"\n{short}")
@@ -66,7 +67,15 @@ def plan(args: argparse.Namespace) -> int:
         args.output.write_text(fleet_text(spec, head), encoding="utf-8")
         print(f"\nwrote {args.output}")
     if args.html is not None:
-        _write_html(args.html, case, result, found, sample)
+        from vllm_suite.planner.report.html import write_html
+        from vllm_suite.planner.report.pictures import PictureError
+
+        try:
+            write_html(args.html, case, result, found, sample, text, trace=args.timeline)
+        except PictureError as error:
+            print(f"vllm-suite plan: {args.html}: {error}", file=sys.stderr)
+            return 2
+        print(f"wrote {args.html}")
     return 1 if short else 0
 
 
@@ -167,7 +176,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_html(path: Path, case: Case, result: SearchResult, found: Study, sample: list[Request]) -> None:
-    print(f"vllm-suite plan: {path}: pictures are not part of this version", file=sys.stderr)

@@ -25,7 +25,7 @@ class Horizon:
 
     least: int
     residence: float
-    most: int = 400_000
+    most: int = 100_000
 
     @classmethod
     def of(cls, slo: Slo, decoded: float, latency: float, least: int = 2000) -> Horizon:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
+from math import gcd
 
 from vllm_suite.planner.evaluate import evaluate
 from vllm_suite.planner.plan import Plan, Slo
@@ -15,6 +16,9 @@ from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.traces import Workload
 from vllm_suite.planner.workload import Request
+
+PART = 16
+"""Accelerators that a part of a large fleet has at least."""
 
 
 class _Decided(Exception):
@@ -97,6 +101,7 @@ class Simulated:
 
     def __call__(self, plan: Plan, rate: float, until: Until = "end") -> Trial:
         """See `Evaluate`."""
+        asked, (plan, rate) = rate, part(plan, rate)
         requests = self.requests(rate)
         sink = _Count(self.slo, self.horizon.counted([each.arrival for each in requests]), until)
         with contextlib.suppress(_Decided):
@@ -105,10 +110,10 @@ class Simulated:
         if sink.seen < len(sink.which):
             # Of a run that was cut short nothing but the answer holds.
             share = sink.met / sink.seen if sink.seen else 0.0
-            return Trial(rate, share, 0.0, 1.0, met, whole=False)
+            return Trial(asked, share, 0.0, 1.0, met, whole=False)
         share = sink.met / sink.seen
         return Trial(
-            rate, share, *interval(sink.met, sink.seen), met, latency=sink.latency / sink.seen,
+            asked, share, *interval(sink.met, sink.seen), met, latency=sink.latency / sink.seen,
             ttft=_quantile(sink.ttft, self.slo.attainment), tpot=_quantile(sink.tpot, self.slo.attainment),
             energy=self._joules(plan, requests) if self.energy and met else math.nan,
         )  # fmt: skip
@@ -117,6 +122,19 @@ class Simulated:
         """Per generated token, in a second run to the end."""
         found = evaluate(plan, for_plan(self.setting, plan), lambda: requests, self.slo, energy=True).joules_per_token
         return math.nan if found is None else found
+
+
+def part(plan: Plan, rate: float) -> tuple[Plan, float]:
+    """Of a large fleet of several equal parts one of them, of at least `PART` accelerators, and its share of the rate.
+
+    A router over all parts evens out their queues better than one over a single part, so this errs on the safe side.
+    """
+    common = gcd(*(pool.count for pool in plan.pools))
+    times = max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or plan.gpus >= n * PART))
+    if times == 1:
+        return plan, rate
+    pools = (replace(pool, count=pool.count // times, ranks=pool.ranks[: pool.count // times]) for pool in plan.pools)
+    return Plan(tuple(pools)), rate / times
 
 
 def for_plan(setting: Setting, plan: Plan) -> Setting:

@@ -1,10 +1,9 @@
 """E4: what the search gains over plans drawn at random, beside table 5 of the EPD paper (arXiv 2501.05460).
 
 The paper finds a goodput of 1.25 for its optimiser's plan and of 0.56 on average for ten random ones, on 8 x A100 with
-MiniCPM-V 2.6; the factor is 2.2. Rates, sampler and space are not published, so that only the shape can be compared:
-the factor should be well above one. Here the model is InternVL2-26B, whose encoder is as heavy beside its decoder's prompt
-as that of MiniCPM-V, with two pictures of 4032 x 3024 in a request, 22 tokens of text and 10 of output, and the paper's
-targets for them: TTFT 3.5 s, TPOT 70 ms.
+MiniCPM-V 2.6; the factor is 2.2. Rates, sampler and space are not published, so only the shape can be compared. Here
+the model is InternVL2-26B, with two pictures of 4032 x 3024 in a request, 22 tokens of text and 10 of output, and the
+paper's targets for it: TTFT 3.5 s, TPOT 70 ms.
 """
 
 from __future__ import annotations
