@@ -71,7 +71,7 @@ def test_the_boost_is_bounded() -> None:
     for number in range(32):
         order.push(Job(number, 0.0, 10, 1, label="long" if number % 2 else "short"), 0.0)
         order.left(
-            Job(-1 - number, -1000.0, 10, 1000 if number % 2 else 10, label="long" if number % 2 else "short"), 0.0
+            Job(-1 - number, -10.0, 10, 1000 if number % 2 else 10, label="long" if number % 2 else "short"), 0.0
         )
     drain(order, 0.0)
     order.push(Job(100, 100.0, 10, 1, label="long"), 100.0)
