@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 from vllm_suite.planner.plan import PoolPlan
@@ -72,18 +71,21 @@ class Hosted(Engine):
             self.peak = max(self.peak, used)
 
     def _proceed(self, now: float) -> None:
-        self.tally(now)
+        since, blocks = now - self.seen, self.limits.blocks
+        self._area += (self._used + self._growth / 2 * since) * since
+        self.seen = now
         super()._proceed(now)
-        self._used = most = self.limits.blocks - self.free
+        self._used = most = blocks - self.free
         run, self._growth = self._flight, 0.0
         # A single step that was planned ahead has taken its blocks by now, a run takes them as it goes on.
         if run is not None and run.line is not None and run.sampled is None:
-            seconds, taken = run.line.total(self._count), self._count * self.decoding.count / self.limits.block_size
-            if seconds > 0:
-                self._growth = taken / seconds
-            most += ceil(taken)
+            # Every step of the run is taken to be as long as its first.
+            jobs, size = self.decoding.count, self.limits.block_size
+            if run.seconds > 0:
+                self._growth = jobs / size / run.seconds
+            most += -(-self._count * jobs // size)
         if most > self.peak:
-            self.peak = min(most, self.limits.blocks)
+            self.peak = min(most, blocks)
 
     def _post_mixed(self, now: float) -> None:
         source = self.source

@@ -18,6 +18,8 @@ class Around(LatencySource):
         self.inner = source
         self.name, self.stages = source.name, source.stages
         self.uncertainty, self.outside = source.uncertainty, source.outside
+        # Asked for every run of steps, so without a call in between.
+        self.decode_line, self.host_seconds = source.decode_line, source.host_seconds  # type: ignore[method-assign]
 
     def step_seconds(self, steps: Steps) -> float:
         """See `LatencySource`."""
