@@ -311,7 +311,7 @@ def mixed(count: int, seed: int) -> list[Request]:
     return found
 
 
-pools = st.fixed_dictionaries(
+shapes = st.fixed_dictionaries(
     {
         "prefill": st.fixed_dictionaries({"count": st.integers(1, 3), "kv_blocks": st.integers(4, 12)}),
         "decode": st.fixed_dictionaries(
@@ -327,7 +327,7 @@ pools = st.fixed_dictionaries(
 
 
 @given(
-    pools,
+    shapes,
     st.integers(0, 1000),
     st.sampled_from(["decode", "prefill"]),
     st.sampled_from([0, 30]),
@@ -335,6 +335,7 @@ pools = st.fixed_dictionaries(
     st.sampled_from([600.0, 3.0]),
     st.booleans(),
     st.sampled_from([(False, False), (True, False), (True, True)]),
+    st.integers(1, 2),
     st.integers(1, 2),
 )
 @settings(max_examples=60, deadline=None)
@@ -348,6 +349,7 @@ def test_nothing_is_lost(
     caching: bool,
     ahead: tuple[bool, bool],
     stages: int,
+    ranks: int,
 ) -> None:
     watch, requests = Watch(), mixed(40, seed)
     source = ExactSource(1.0, 0.125)
@@ -361,7 +363,9 @@ def test_nothing_is_lost(
     )
     has["prefill"]["max_num_batched_tokens"] = 64
     has["prefill"]["max_num_seqs"] = 8
-    served, run = serve(plan(**has), of, requests, observer=watch)
+    # Ranks in lockstep that have pipeline stages are refused.
+    pools = {role: {**sizes, "parallel": Parallel(dp=ranks if stages == 1 else 1)} for role, sizes in has.items()}
+    served, run = serve(plan(**pools), of, requests, observer=watch)
     assert [one.number for one in served] == list(range(40))
     assert watch.empty()
     for one, request in zip(served, requests, strict=True):
