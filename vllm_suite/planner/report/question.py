@@ -44,6 +44,8 @@ def question(args: argparse.Namespace) -> Case:
         raise InputError(f"--rate is requests per second above 0, not {args.rate:g}")
     if args.requests < 100:
         raise InputError(f"--requests {args.requests}: fewer than 100 say nothing about a share of requests")
+    if args.dler:
+        raise InputError("--dler: the simulator has no length-aware order yet; leave it")
     workload = _workload(args, model)
     rate = args.rate if args.rate is not None else workload.rate
     if args.objective != "goodput" and rate is None:
@@ -55,7 +57,6 @@ def question(args: argparse.Namespace) -> Case:
     sources = Sources(source_maker(args.source, hardware), model, stored, hardware)
     setting = Setting(
         model, stored, hardware, sources, encode_seconds=sources.encode if workload.items else None,
-        queue=_length_aware() if args.dler else None,
     )  # fmt: skip
     name = str(Path(args.model).parent) if args.model.endswith(".json") else args.model
     case = Case(
@@ -115,7 +116,3 @@ def _check_lengths(case: Case) -> None:
             f"{case.workload.name}: {len(longer)} requests are longer than {most} tokens, the first of them number"
             f" {longer[0]}; {case.name} takes no more"
         )
-
-
-def _length_aware() -> None:
-    raise InputError("--dler: the length-aware order is not part of this simulator yet")

@@ -88,8 +88,9 @@ def study(case: Case, result: SearchResult, sample: list[Request], processes: in
     whats += [What(plan, rate, scale=1 + u), What(plan, rate, scale=1 - u)]
     with Workers(_Run(case, sample, best, highest), processes) as workers:
         answers = list(workers.map([*whats, 1 + u, 1 - u]))
-    goodputs = (float(answers.pop(-2)), float(answers.pop(-1)))
-    outcomes: list[Outcome | None] = [each if isinstance(each, Outcome) else None for each in answers]
+    low, high = (each if isinstance(each, float) else 0.0 for each in answers[-2:])
+    goodputs = (low, high)
+    outcomes = [each if isinstance(each, Outcome) else None for each in answers[:-2]]
     taken = iter(outcomes)
     compared = [Compared(each, next(taken)) for each in finalists]
     by_plan = {each.found.plan: each for each in compared}

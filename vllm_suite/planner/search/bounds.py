@@ -20,7 +20,7 @@ from vllm_suite.planner.sources.base import FloatArray, LatencySource
 from vllm_suite.planner.sources.steps import Steps
 from vllm_suite.planner.workload import Item, Request
 
-BUBBLES = 0.75
+BUBBLES = 0.6
 """What an estimate leaves of an engine with pipeline stages: prompts make its batches unequal, and stages wait."""
 
 
@@ -282,7 +282,7 @@ class Bounds:
 
     def _estimate(self, pool: PoolPlan, bound: EngineBound) -> float:
         """Requests per second of a pool about: waiting for prefill as in M/D/1, decode slowed by the prompts beside."""
-        service = bound.prefill_s + bound.encode_s
+        service = (bound.prefill_s + bound.encode_s) / (BUBBLES if pool.parallel.pp > 1 else 1.0)
         if not service:
             return pool.count * bound.mixed
         share = 1.0
@@ -307,7 +307,8 @@ class Device:
         sizes = np.asarray(steps.sequences, dtype=int)
         known = {size: self.source.host_seconds(int(size)) for size in np.unique(sizes)}
         host = np.vectorize(known.__getitem__, otypes=[float])(sizes)
-        return np.maximum(seconds - host, host)
+        found: FloatArray = np.maximum(seconds - host, host)
+        return found
 
 
 def alone(source: Device, tokens: FloatArray, cached: FloatArray, budget: int) -> FloatArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from vllm_suite.planner.models import ModelError, Quantization
 from vllm_suite.planner.plan import PlanError, Role
@@ -23,8 +23,7 @@ _SHORT: dict[str, Kind] = {
 
 def roles(kind: Kind) -> tuple[Role, ...]:
     """The roles of a kind, in the order of a request."""
-    found: tuple[Role, ...] = tuple(kind.split("+"))  # type: ignore[assignment]
-    return found
+    return tuple(cast(Role, role) for role in kind.split("+"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Choices:
         Raises:
             PlanError: a word that is none of these; it names the word and what is known.
         """
-        found = cls()
+        changes: dict[str, Any] = {}
         given: dict[str, tuple[int, ...]] = {}
         for word in words:
             key, equals, text = word.partition("=")
@@ -95,19 +94,20 @@ class Choices:
             if not equals or not parts:
                 raise PlanError(f"space: {word!r} is not NAME=VALUE,VALUE, for example tp=1,2")
             if key in ("tp", "pp", "dp", "encode_tp"):
-                found = replace(found, **{key: _numbers(key, parts)})
+                changes[key] = _numbers(key, parts)
             elif key in ("seqs", "tokens"):
                 given[key] = _numbers(key, parts)
             elif key == "kinds":
-                found = replace(found, kinds=tuple(_kind(part) for part in parts))
+                changes["kinds"] = tuple(_kind(part) for part in parts)
             elif key in ("ep", "wide_tp", "idle"):
                 flags = tuple(_flag(key, part) for part in parts)
-                found = replace(found, **{key: flags if key == "ep" else flags[0]})
+                changes[key] = flags if key == "ep" else flags[0]
             elif key == "quant":
-                found = replace(found, quants=tuple(_quant(part, quant) for part in parts))
+                changes["quants"] = tuple(_quant(part, quant) for part in parts)
             else:
                 known = "tp, pp, dp, ep, kinds, seqs, tokens, quant, encode_tp, wide_tp, idle"
                 raise PlanError(f"space: no {key!r}; there are {known}")
+        found = replace(cls(), **changes)
         return _with_settings(found, given) if given else found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from vllm_suite.planner.plan import PlanError
 from vllm_suite.planner.search.assess import Assessed, Task, assess
@@ -37,7 +39,7 @@ def sampled(
         PlanError: Optuna is not installed.
     """
     try:
-        import optuna
+        optuna: Any = import_module("optuna")
     except ModuleNotFoundError as error:
         raise PlanError("--method optuna needs Optuna: pip install 'vllm-suite[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -51,7 +51,8 @@ class Trial:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         """The inverse of `as_json`."""
-        return cls(**{key: math.nan if value is None else value for key, value in data.items()})
+        values: dict[str, Any] = {key: math.nan if value is None else value for key, value in data.items()}
+        return cls(**values)
 
 
 class Evaluate(Protocol):
