@@ -65,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", type=Path, metavar="FILE", help="everything in the report and more")
     group.add_argument("--html", type=Path, metavar="FILE", help="the report with pictures; needs matplotlib")
     group.add_argument("--timeline", type=Path, metavar="FILE", help="with --html: the best plan's run as Chrome trace")
+    group = parser.add_argument_group("watching a fleet; the plan of the other arguments is taken to be running")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--watch", metavar="URL", help="of a Prometheus server that scrapes the fleet's engines")
+    source.add_argument("--watch-file", type=Path, metavar="FILE", help="recorded windows in place of a server")
+    group.add_argument(
+        "--watch-selector", default="", metavar="LABELS",
+        help='label matchers of the engines that answer, for example job="decode"',
+    )  # fmt: skip
+    group.add_argument("--watch-record", type=Path, metavar="FILE", help="keep the windows that were seen")
+    group.add_argument("--watch-looks", type=int, metavar="N", help="end after so many looks")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from vllm_suite.planner.report.command import found_by, listing, space_of
 from vllm_suite.planner.report.html import write_html
 from vllm_suite.planner.report.question import question
 from vllm_suite.planner.report.study import study
-from vllm_suite.planner.report.watching import Searched, add_arguments, watch_fleet
+from vllm_suite.planner.report.watching import Searched, watch_fleet
 from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.search import Effort, SearchResult
 from vllm_suite.planner.search.state import State
@@ -35,8 +35,6 @@ WORDS = (
 def asked(*more: str) -> tuple[argparse.Namespace, Case]:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    if "--watch" not in parser.format_help():
-        add_arguments(parser)
     args = parser.parse_args([*WORDS.split(), *more])
     return args, question(args)
 
@@ -113,3 +111,25 @@ def test_a_report_becomes_a_page(tmp_path: Path) -> None:
     assert found.best.found.plan.name.replace("|", "|") in text
     assert "<script" not in text
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_the_command_watches_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw, fleet, seen = np.random.default_rng(2), tmp_path / "fleet.yaml", tmp_path / "seen.json"
+    Recorded(seen).write([minute(60.0 * i, 8.0 if i < 45 else 400.0, draw) for i in range(80)])
+    words = [
+        *WORDS.replace("kinds=colocated,pd", "kinds=colocated").split(),
+        "--watch-file",
+        str(seen),
+        "-o",
+        str(fleet),
+    ]
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(words)) == 0
+    said = capsys.readouterr().out
+    assert "shift of rate: 8" in said
+    # Two colocated engines are all that there is: the same plan, or one that is not better by enough.
+    assert "  keep " in said or "  change to " in said
+    assert fleet.is_file()
+    with pytest.raises(SystemExit):
+        parser.parse_args([*words, "--watch", "http://localhost"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_suite import __version__
+from vllm_suite.planner.plan import Plan
 from vllm_suite.planner.report.fleet import fleet_of, fleet_text
 from vllm_suite.planner.report.progress import Bar
 from vllm_suite.planner.report.question import InputError, duration, question
@@ -76,7 +77,32 @@ def plan(args: argparse.Namespace) -> int:
             print(f"vllm-suite plan: {args.html}: {error}", file=sys.stderr)
             return 2
         print(f"wrote {args.html}")
+    if args.watch is not None or args.watch_file is not None:
+        return _watch(args, case, result.best.plan)
     return 1 if short else 0
+
+
+def _watch(args: argparse.Namespace, case: Case, running: Plan) -> int:
+    """Watch the fleet that runs a plan; a new one is written where the first one was."""
+    from vllm_suite.planner.report.watching import watch_fleet
+
+    effort = Effort(processes=args.processes, seconds=duration("--time-limit", args.time_limit))
+
+    def again(now: Case) -> SearchResult:
+        space, sample = space_of(now), now.sample()
+        listed = listing(now, space, sample, None, args.processes)
+        with State(None, now.key(space)) as state:
+            return found_by(args.method, now, space, listed, sample, effort, state)
+
+    def write(new: Plan, now: Case) -> None:
+        if args.output is None:
+            return
+        spec = fleet_of(new, now.setting, now.slo, model=now.name, longest=now.longest, length_aware=now.dler)
+        head = [f"Made by vllm-suite plan {__version__}: {new.name} for {now.workload.name} at {now.rate:.4g}/s"]
+        args.output.write_text(fleet_text(spec, head), encoding="utf-8")
+        print(f"  wrote {args.output}")
+
+    return watch_fleet(args, case, running, again, write)
 
 
 def space_of(case: Case) -> Space:

@@ -6,8 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
 
 from vllm_suite.planner.evaluate import goodput
 from vllm_suite.planner.plan import Plan, PlanError
@@ -21,10 +19,8 @@ from vllm_suite.planner.watch import Prometheus, Recorded, Settings, WatchError,
 Search = Callable[[Case], SearchResult]
 
 
-class Write(Protocol):
-    """Writes the fleet file of a plan."""
-
-    def __call__(self, plan: Plan, case: Case) -> None: ...
+Write = Callable[[Plan, Case], object]
+"""Writes the fleet file of a plan."""
 
 
 class Searched:
@@ -55,17 +51,6 @@ class Searched:
         except (PlanError, SimulationError):
             return 0.0
         return found.rate
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of a watch."""
-    group = parser.add_argument_group("watching a fleet: the plan of the other arguments is taken to be running")
-    group.add_argument("--watch", metavar="URL", help="of a Prometheus server that scrapes the fleet's engines")
-    group.add_argument("--watch-file", type=Path, metavar="FILE", help="recorded windows in place of a server")
-    group.add_argument("--watch-selector", default="", metavar="LABELS",
-                       help='label matchers of the engines that answer, for example job="decode"')  # fmt: skip
-    group.add_argument("--watch-record", type=Path, metavar="FILE", help="keep the windows that were seen")
-    group.add_argument("--watch-looks", type=int, metavar="N", help="end after so many looks")
 
 
 def watch_fleet(args: argparse.Namespace, case: Case, plan: Plan, search: Search, write: Write) -> int:
