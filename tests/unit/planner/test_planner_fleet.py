@@ -32,6 +32,7 @@ from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.handover import Costs, Links, Place
 from vllm_suite.planner.simulator.jobs import SimulationError
+from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.routing import LeastTokens, Member, PrefixHistory
 from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.simulator.setting import Serving, Setting
@@ -130,6 +131,22 @@ def test_a_last_prompt_token_costs_what_a_decoded_one_does() -> None:
     assert last.step_seconds(Steps.of([(1, 9)])) == source.step_seconds(Steps.of(contexts=[10]))
     for chunks in ([(2, 9)], [(1, 0)], [(1, 9), (2, 0)]):
         assert last.step_seconds(Steps.of(chunks, [4])) == source.step_seconds(Steps.of(chunks, [4]))
+
+
+def test_a_decode_instance_serves_in_an_order_of_its_own() -> None:
+    # Once it has seen requests of both classes, the short ones of those that wait for their pull go first.
+    def request(number: int, arrival: float, long: bool) -> Request:
+        return Request(number, arrival, 65, 60 if long else 2, label="long" if long else "short")
+
+    seen = [request(n, 200.0 * n, n % 2 == 0) for n in range(8)]
+    waiting = [request(8 + n, 2000.0, n < 4) for n in range(8)]
+    # A prompt takes 5 of 8 blocks, so one is pulled at a time.
+    one_place = plan(prefill={}, decode={"max_num_seqs": 1, "kv_blocks": 8})
+    ended = []
+    for queue in (None, lambda: LengthOrder("kappa", kappa=1.0)):
+        served, _ = serve(one_place, setting(queue=queue), seen + waiting)
+        ended.append([one.label for one in sorted(served[8:], key=lambda one: one.last_token)])
+    assert ended == [["long"] * 4 + ["short"] * 4, ["short"] * 4 + ["long"] * 4]
 
 
 def test_each_stage_is_a_hop_from_the_router() -> None:

@@ -263,7 +263,7 @@ class _Fleet(Way):
         assert lease is not None
         assert source is not None
         if lease.lost:
-            leg.cached = 0
+            leg.cached, leg.items = 0, self._own_items(flight)
             return False
         lease.open = False
         flight.served.transfer_start = now

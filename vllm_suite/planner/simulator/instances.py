@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_suite.planner.plan import PoolPlan
 from vllm_suite.planner.simulator.engine import Engine
-from vllm_suite.planner.simulator.jobs import FirstCome, Job, WaitingQueue
+from vllm_suite.planner.simulator.jobs import FirstCome, Job, Learner, WaitingQueue
 from vllm_suite.planner.simulator.step_sources import OwnEncoder
 from vllm_suite.planner.workload import Item
 
@@ -134,6 +134,11 @@ class HeadOfLine(WaitingQueue):
     def pop(self, now: float) -> Job:
         """See `WaitingQueue`."""
         return self.inner.pop(now)
+
+    def left(self, job: Job, now: float) -> None:
+        """See `Learner`."""
+        if isinstance(self.inner, Learner):
+            self.inner.left(job, now)
 
     def __len__(self) -> int:
         if self.local:
