@@ -10,7 +10,8 @@ import pytest
 from vllm_suite.planner.simulator.switching import Switching
 from vllm_suite.planner.sources.steps import Steps
 from vllm_suite.planner.validation import epd
-from vllm_suite.planner.validation.epd import Constants, Fixed, alone, fit, switched
+from vllm_suite.planner.validation.epd_fleet import ENCODERS, Constants, Fixed, alone, fit
+from vllm_suite.planner.validation.epd_switching import switched
 
 DATA = Path(os.environ.get("VLLM_SUITE_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
@@ -20,7 +21,7 @@ SIDE_BY_SIDE, ON_ONE = (0.92, 1.02, 1.14, 1.74), (1.46, 2.47, 3.37, 4.27)
 
 
 def outer() -> Constants:
-    rows = ((epd.ENCODERS, SIDE_BY_SIDE), (1, ON_ONE))
+    rows = ((ENCODERS, SIDE_BY_SIDE), (1, ON_ONE))
     return fit([(images, k, row[at]) for k, row in rows for at, images in enumerate(IMAGES) if images in (2, 8)])
 
 
