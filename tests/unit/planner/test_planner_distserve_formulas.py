@@ -12,9 +12,10 @@ import pytest
 
 from vllm_suite.planner.distserve import formulas
 from vllm_suite.planner.distserve.engine import EngineSource
+from vllm_suite.planner.distserve.estimates import Estimates
 from vllm_suite.planner.distserve.goodput import Attainment, Run, Trial, attainment, goodput, run_of
 from vllm_suite.planner.distserve.parity import Latencies, Workload
-from vllm_suite.planner.models import Quantization, load
+from vllm_suite.planner.models import Parallel, Quantization, load
 from vllm_suite.planner.plan import Slo
 from vllm_suite.planner.sources.base import SourceError
 from vllm_suite.planner.sources.linear import distserve
@@ -262,3 +263,19 @@ def test_vllm_attainment_by_both_simulators() -> None:
     assert verdicts == ["holds", "missed", "holds", "missed", "missed", "missed"]
     assert [round(share) for share in found[0].ours] == [93, 93, 90, 85, 79, 73]
     assert [round(share) for share in found[2].ours] == [93, 93, 88, 83, 75, 69]
+
+
+def test_estimates_of_instances_and_pairs() -> None:
+    draw = np.random.default_rng(2)
+    lengths = list(zip(draw.integers(200, 900, 8000).tolist(), draw.integers(5, 15, 8000).tolist(), strict=True))
+    by = Estimates("facebook/opt-13b", lengths, Slo(0.25, 0.05), highest=16.0, resolution=0.5, decide=600)
+    one, two = Parallel(tp=1), Parallel(tp=2)
+    assert by.fits(two)
+    assert not by.fits(Parallel(tp=3))
+    assert not by.fits(Parallel(tp=1, pp=3))
+    prefill, decode = by.prefill(one), by.decode(one)
+    # A pair meets both targets no more often than either of its sides does; decode is idle with outputs this short.
+    assert prefill - 1.0 <= by.pair(one, one) <= min(prefill, decode) + 0.5
+    assert by.prefill(two) > prefill
+    # The prompts alone, without any constant, allow no more.
+    assert 4 <= prefill <= 1000 / (550 * 0.1019)
