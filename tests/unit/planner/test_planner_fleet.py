@@ -30,7 +30,7 @@ from vllm_suite.planner.models import Parallel
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.fleet import simulate_plan
-from vllm_suite.planner.simulator.handover import Costs, Links, Place
+from vllm_suite.planner.simulator.handover import Cost, Costs, Links, Place
 from vllm_suite.planner.simulator.jobs import SimulationError
 from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.routing import LeastTokens, Member, PrefixHistory
@@ -210,7 +210,7 @@ def test_pulls_share_their_instances_links() -> None:
     for index, (name, source, target, at) in enumerate(moves):
 
         def begin(now: float, version: int, name: str = name, source: int = source, target: int = target) -> None:
-            links.start(source, target, 1.0, now, lambda then: ends.__setitem__(name, then))
+            links.start(source, target, Cost(0.0, 1.0, 0.0), now, lambda then: ends.__setitem__(name, then))
 
         clock.post(at, 0, index, 0, begin)
     clock.run()
@@ -218,13 +218,28 @@ def test_pulls_share_their_instances_links() -> None:
     assert ends == {"a": 1.5, "b": 2.0, "c": 1.5}
 
 
+def test_what_comes_before_the_first_byte_is_not_shared() -> None:
+    clock, ends = Clock(), dict[str, float]()
+    links = Links(clock)
+    for index, (name, at) in enumerate([("a", 0.0), ("b", 0.0), ("c", 1.0)]):
+
+        def begin(now: float, version: int, name: str = name) -> None:
+            links.start(ord(name), 9, Cost(1.0, 2.0, 0.0), now, lambda then: ends.__setitem__(name, then))
+
+        clock.post(at, 0, index, 0, begin)
+    clock.run()
+    # From 1 s on there are three; a and b have 2 s of bytes at a third of the rate, until 7 s. c begins at 2 s, has
+    # 1/3 s of its 2 s left then, and the link for itself.
+    assert ends == pytest.approx({"a": 7.0, "b": 7.0, "c": 7.0 + 1 / 3})
+
+
 def test_transfers_between_nodes_take_the_network() -> None:
     costs = Costs(Setting(MODEL, QUANT, CLUSTER.model_copy(update={"gpus": 16}), lambda pool: SOURCE))
     one = PoolPlan("any", 1)
     near, far = (costs.kv(Place(rank, 0, one), Place(rank + 1, rank, one), 32) for rank in (1, 8))
-    assert near[1] == far[1] == 32 * 16 * 131072
-    assert far[0] > 2 * near[0]
-    assert near[0] == pull_seconds(32)
+    assert near.size == far.size == 32 * 16 * 131072
+    assert far.seconds > 2 * near.seconds
+    assert near.setup + near.seconds == pytest.approx(pull_seconds(32))
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1000)), min_size=1, max_size=60), st.integers(1, 4))

@@ -163,10 +163,10 @@ class _Fleet(Way):
                 self.roles.check(then)
 
         for encoder, size, _ in waiter.sources:
-            seconds = self.costs.item(encoder.place, instance.place, size)
+            cost = self.costs.item(encoder.place, instance.place, size)
             instance.transfers += 1
             instance.transfer_bytes += size
-            self.links.start(encoder.place.number, instance.place.number, seconds, now, moved)
+            self.links.start(encoder.place.number, instance.place.number, cost, now, moved)
 
     # Prefill
 
@@ -267,12 +267,12 @@ class _Fleet(Way):
             return False
         lease.open = False
         flight.served.transfer_start = now
-        seconds, size = self.costs.kv(source.place, instance.place, blocks)
+        cost = self.costs.kv(source.place, instance.place, blocks)
 
         def moved(then: float) -> None:
             flight.served.transferred = then
             instance.transfers += 1
-            instance.transfer_bytes += size
+            instance.transfer_bytes += cost.size
             instance.transfer_seconds += then - now
             source.engine.release(lease.job.held, then, lease.job)
             engine = instance.engine
@@ -281,7 +281,7 @@ class _Fleet(Way):
             if self.roles is not None:
                 self.roles.check(then)
 
-        self.links.start(source.place.number, instance.place.number, seconds, now, moved)
+        self.links.start(source.place.number, instance.place.number, cost, now, moved)
         return True
 
     def finished(self, instance: Instance, job: Job, now: float) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_suite.planner.models.memory import kv_bytes
 from vllm_suite.planner.plan import PoolPlan
@@ -28,12 +28,27 @@ class Event(IntEnum):
     SWITCHED = 7
 
 
+class Cost(NamedTuple):
+    """Of a transfer: seconds until its first byte, seconds of its bytes at full rate, and bytes."""
+
+    setup: float
+    seconds: float
+    size: float
+
+
 @dataclass(slots=True, eq=False)
 class Move:
-    """A transfer under way: seconds of work left at full rate, as of `since`, and the share of the rate it has."""
+    """A transfer under way, as of `since`.
+
+    Attributes:
+        setup: seconds until its first byte, which nobody shares.
+        left: seconds of its bytes at full rate.
+        share: of the rate.
+    """
 
     number: int
     ends: tuple[int, int]
+    setup: float
     left: float
     done: Callable[[float], None]
     since: float
@@ -46,7 +61,8 @@ class Links:
 
     Processor sharing: with n transfers at one of its two instances and m at the other, a transfer goes on at the rate
     of 1 / max(n, m). What one instance leaves unused is not handed to the others of its peer, and an instance's NVLink
-    and its network card are taken for one, so it is never too fast.
+    and its network card are taken for one, so it is never too fast. What a transfer takes before its first byte is its
+    own.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -54,10 +70,10 @@ class Links:
         self._at: dict[int, dict[int, Move]] = {}
         self._count = 0
 
-    def start(self, source: int, target: int, seconds: float, now: float, done: Callable[[float], None]) -> None:
-        """Begin a transfer that alone takes so many seconds; `done(time)` follows."""
+    def start(self, source: int, target: int, cost: Cost, now: float, done: Callable[[float], None]) -> None:
+        """Begin a transfer; `done(time)` follows."""
         self._count += 1
-        move = Move(self._count, (source, target), seconds, done, now)
+        move = Move(self._count, (source, target), cost.setup, cost.seconds, done, now)
         alone = True
         for end in move.ends:
             here = self._at.setdefault(end, {})
@@ -73,7 +89,9 @@ class Links:
         for move in found.values():
             share = 1.0 / max(len(at[move.ends[0]]), len(at[move.ends[1]]))
             if share != move.share:
-                move.left -= (now - move.since) * move.share
+                gone = now - move.since
+                begun = max(0.0, gone - move.setup)
+                move.setup, move.left = max(0.0, move.setup - gone), move.left - begun * move.share
                 move.since, move.share = now, share
                 self._post(move, now)
 
@@ -84,7 +102,8 @@ class Links:
             if version == move.version:
                 self._end(move, then)
 
-        self.clock.post(now + max(0.0, move.left) / move.share, Event.MOVED, move.number, move.version, ended)
+        end = now + move.setup + max(0.0, move.left) / move.share
+        self.clock.post(end, Event.MOVED, move.number, move.version, ended)
 
     def _end(self, move: Move, now: float) -> None:
         left = 0
@@ -113,10 +132,10 @@ class Costs:
         self._setting, self._transfers = setting, Transfers(setting.cluster)
         self._pairs: dict[tuple[int, int], int] = {}
         self._kinds: dict[Any, int] = {}
-        self._known: dict[tuple[int, int], tuple[float, float]] = {}
+        self._known: dict[tuple[int, int], Cost] = {}
 
-    def kv(self, source: Place, target: Place, blocks: int) -> tuple[float, float]:
-        """Of the cache of so many blocks of one sequence: seconds, and bytes that the target's ranks receive."""
+    def kv(self, source: Place, target: Place, blocks: int) -> Cost:
+        """Of the cache of so many blocks of one sequence; bytes are those that the target's ranks receive."""
         pair = (source.number, target.number)
         kind = self._pairs.get(pair)
         if kind is None:
@@ -128,7 +147,10 @@ class Costs:
             known = self._known[kind, blocks] = self._kv(source, target, blocks)
         return known
 
-    def _kv(self, source: Place, target: Place, blocks: int) -> tuple[float, float]:
+    def _setup(self, source: Place, target: Place) -> float:
+        return self._transfers.seconds(0.0, range(source.rank, source.rank + 1), range(target.rank, target.rank + 1))
+
+    def _kv(self, source: Place, target: Place, blocks: int) -> Cost:
         setting, cut = self._setting, target.pool.parallel
         quant, size = target.pool.quant or setting.quant, setting.block_size
         seconds = self._transfers.kv(
@@ -143,13 +165,15 @@ class Costs:
         )
         model, tokens = setting.model, blocks * size
         held = [kv_bytes(model, quant, cut, tokens, stage=stage, block=size) for stage in range(cut.pp)]
-        return setting.serving.pull_s + seconds, sum(held) * cut.tp
+        setup = self._setup(source, target)
+        return Cost(setting.serving.pull_s + setup, seconds - setup, sum(held) * cut.tp)
 
-    def item(self, source: Place, target: Place, size: float) -> float:
-        """Seconds of an encoder's output of so many bytes."""
+    def item(self, source: Place, target: Place, size: float) -> Cost:
+        """Of an encoder's output of so many bytes."""
         cuts = [(place.rank, place.pool.parallel) for place in (source, target)]
         ranks = [range(rank, rank + cut.tp * cut.pp) for rank, cut in cuts]
-        return self._transfers.seconds(size, ranks[0], ranks[1])
+        setup = self._setup(source, target)
+        return Cost(setup, self._transfers.seconds(size, ranks[0], ranks[1]) - setup, size)
 
 
 @dataclass(slots=True, eq=False)
