@@ -96,7 +96,7 @@ def _goodput(task: Task, evaluate: Evaluate) -> Assessed:
     if low and rate >= high:
         rate = (low + high) / 2
     # From the guess by growing steps to a rate that holds and one that does not, then halves.
-    stride, found = 1.25, False
+    stride, found = 1.15, False
     while len(trials) < MOST_TRIALS and not (low and high < low * (1 + task.step)):
         if holds(rate):
             low, found = rate, True

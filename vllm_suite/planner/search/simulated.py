@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -29,51 +30,83 @@ class _Count:
     """A sink that counts who met the targets, and stops when the answer is certain or all that count are done.
 
     A fleet starts empty, which serves the first requests too well. So these speak for nothing, but against it: the
-    targets are met where enough of those that count meet them, and enough of all up to the last of these.
+    targets are met where enough of those that count meet them, and enough of all up to the last of these. A request
+    that is not done by the time that both targets together allow has missed one of them, however long it still takes.
     """
 
-    def __init__(self, slo: Slo, counted: range, until: Until) -> None:
-        self.slo, self.which, self.until = slo, counted, until
+    def __init__(self, slo: Slo, requests: Sequence[Request], counted: range, until: Until) -> None:
+        self.slo, self.requests, self.which, self.until = slo, requests, counted, until
         self.met = self.missed = self.early = self.filled = 0
         self.need = math.ceil(slo.attainment * len(counted) - 1e-9)
         self.spare = math.floor((1 - slo.attainment) * counted.stop + 1e-9)
         self.ttft: list[float] = []
         self.tpot: list[float] = []
         self.latency = 0.0
+        # Of each request: 1 when it is done, 2 when it is overdue and so judged already.
+        self._state = bytearray(len(requests))
+
+    def arriving(self) -> Iterator[Request]:
+        """The requests as the simulator draws them, one ahead of its clock; looks for overdue ones on the way."""
+        ttft, tpot = self.slo.ttft, self.slo.tpot
+        if self.until == "end" or ttft is None or tpot is None:
+            yield from self.requests
+            return
+        due = sorted(
+            (each.arrival + ttft + tpot * (each.output - 1), each.number) for each in self.requests[: self.which.stop]
+        )
+        place, now, state = 0, 0.0, self._state
+        for request in self.requests:
+            while place < len(due) and due[place][0] * (1 + 1e-9) < now:
+                number = due[place][1]
+                if not state[number]:
+                    state[number] = 2
+                    self._judge(number, False)
+                place += 1
+            yield request
+            now = request.arrival
+
+    def __call__(self, served: Served) -> None:
+        number = served.number
+        if number >= self.which.stop:
+            return
+        ttft, tpot = served.ttft, served.tpot
+        if number >= self.which.start:
+            self.latency += served.latency
+            self.ttft.append(ttft)
+            self.tpot.append(tpot)
+        judged = self._state[number] == 2
+        self._state[number] = 1
+        if not judged:
+            self._judge(number, self.slo.met(ttft, tpot))
+        if self.whole:
+            raise _Decided
+
+    def _judge(self, number: int, good: bool) -> None:
+        if number < self.which.start:
+            self.filled += 1
+            self.early += not good
+        else:
+            self.met += good
+            self.missed += not good
+        if not good and self.until != "end" and self.failed:
+            raise _Decided
+        if good and self.until == "decided" and self.met >= self.need and self.certain:
+            raise _Decided
 
     @property
-    def seen(self) -> int:
-        """Requests that count and are done."""
-        return self.met + self.missed
+    def whole(self) -> bool:
+        """Whether all that count are done."""
+        return len(self.ttft) == len(self.which)
 
     @property
     def failed(self) -> bool:
         """Whether too many have missed."""
         return self.missed > len(self.which) - self.need or self.missed + self.early > self.spare
 
-    def __call__(self, served: Served) -> None:
-        if served.number >= self.which.stop:
-            return
-        ttft, tpot = served.ttft, served.tpot
-        good = self.slo.met(ttft, tpot)
-        if served.number < self.which.start:
-            self.filled += 1
-            self.early += not good
-        else:
-            self.latency += served.latency
-            self.ttft.append(ttft)
-            self.tpot.append(tpot)
-            self.met += good
-            self.missed += not good
-        if self.seen == len(self.which) or (not good and self.until != "end" and self.failed):
-            raise _Decided
-        if good and self.until == "decided" and self.met >= self.need and self.certain:
-            raise _Decided
-
     @property
     def certain(self) -> bool:
         """Whether the targets are met even if all that is to come misses them."""
-        left = self.which.stop - self.seen - self.filled
+        left = self.which.stop - self.met - self.missed - self.filled
         return self.met >= self.need and self.missed + self.early + left <= self.spare
 
 
@@ -103,17 +136,15 @@ class Simulated:
         """See `Evaluate`."""
         asked, (plan, rate) = rate, part(plan, rate)
         requests = self.requests(rate)
-        sink = _Count(self.slo, self.horizon.counted([each.arrival for each in requests]), until)
+        sink = _Count(self.slo, requests, self.horizon.counted([each.arrival for each in requests]), until)
         with contextlib.suppress(_Decided):
-            simulate_plan(plan, for_plan(self.setting, plan), requests, sink)
-        met = sink.met >= sink.need and not sink.failed
-        if sink.seen < len(sink.which):
+            simulate_plan(plan, for_plan(self.setting, plan), sink.arriving(), sink)
+        met, seen = sink.met >= sink.need and not sink.failed, sink.met + sink.missed
+        if not sink.whole:
             # Of a run that was cut short nothing but the answer holds.
-            share = sink.met / sink.seen if sink.seen else 0.0
-            return Trial(asked, share, 0.0, 1.0, met, whole=False)
-        share = sink.met / sink.seen
+            return Trial(asked, sink.met / seen if seen else 0.0, 0.0, 1.0, met, whole=False)
         return Trial(
-            asked, share, *interval(sink.met, sink.seen), met, latency=sink.latency / sink.seen,
+            asked, sink.met / seen, *interval(sink.met, seen), met, latency=sink.latency / seen,
             ttft=_quantile(sink.ttft, self.slo.attainment), tpot=_quantile(sink.tpot, self.slo.attainment),
             energy=self._joules(plan, requests) if self.energy and met else math.nan,
         )  # fmt: skip
