@@ -4,7 +4,7 @@ Requests of 500 prompt and 200 output tokens with Poisson arrivals, on one engin
 `roofline`. CPU time of this process, the median over repetitions; `peak` is what Python allocated at most, in a run of
 its own, with a tenth of the requests and with all of them.
 
-    python benchmarks/bench_planner_simulator.py [--requests N] [--rates R ...] [--json FILE]
+    python benchmarks/bench_planner_simulator.py [--requests N] [--rates R ...] [--modes MODE ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from common import arguments, positive, show_table, write_result
@@ -32,45 +33,59 @@ MODEL, HARDWARE = "meta-llama/Llama-3.1-8B", "1xH100-SXM"
 PROMPT, OUTPUT = 500, 200
 
 
-def trace(count: int, rate: float) -> Iterator[Job]:
+# Pipeline stages, ids of prompts' first half, settings.
+MODES: dict[str, tuple[int, int, dict[str, bool]]] = {
+    "in-turn": (1, 0, {}),
+    "ahead": (1, 0, {"async_scheduling": True}),
+    "caching": (1, 0, {"async_scheduling": True, "prefix_caching": True}),
+    "prefixes": (1, 50, {"async_scheduling": True, "prefix_caching": True}),
+    "stages": (2, 0, {}),
+    "stages-ahead": (2, 0, {"async_scheduling": True}),
+}
+
+
+def trace(count: int, rate: float, ids: int = 0) -> Iterator[Job]:
     """Poisson arrivals, the same in every run."""
     draw, now = random.Random(0), 0.0
     for number in range(count):
         now += draw.expovariate(rate)
-        yield Job(number, now, PROMPT, OUTPUT)
+        yield Job(number, now, PROMPT, OUTPUT, prefix=(number % ids,) if ids else (), block=256)
 
 
 def main() -> None:
     parse = arguments(__doc__ or "")
     parse.add_argument("--requests", type=positive, default=20_000, metavar="N", help="requests of a run")
     parse.add_argument("--rates", type=float, nargs="+", default=[5.0, 20.0, 35.0, 45.0], help="requests per second")
+    parse.add_argument("--modes", nargs="+", choices=MODES, default=["in-turn"], help="of scheduling")
     parse.add_argument("--repeat", type=positive, default=3, metavar="K", help="repetitions")
     args = parse.parse_args()
     requests, repeat = (2000, 1) if args.quick else (args.requests, args.repeat)
     load_before = os.getloadavg()
     model, quant = load(MODEL)
-    machine = cluster(HARDWARE)
-    source = RooflineSource(model, quant, Parallel(), machine)
-    limits = Limits(kv_capacity(model, quant, Parallel(), machine.device.memory_bytes).tokens // 16 - 1)
+    machine = cluster(HARDWARE.replace("1x", "2x"))
+    sources = {stages: RooflineSource(model, quant, Parallel(pp=stages), machine) for stages in (1, 2)}
+    blocks = kv_capacity(model, quant, Parallel(), machine.device.memory_bytes).tokens // 16 - 1
 
-    def run(count: int, rate: float) -> tuple[Pool, Summary, float]:
+    def run(count: int, rate: float, mode: str) -> tuple[Pool, Summary, float]:
+        stages, ids, settings = MODES[mode]
         summary, begin = Summary(), time.process_time()
-        pool = simulate(trace(count, rate), source, limits, summary)
+        pool = simulate(trace(count, rate, ids), sources[stages], Limits(blocks, **settings), summary)
         return pool, summary, time.process_time() - begin
 
-    def peak(count: int, rate: float) -> int:
+    def peak(count: int, rate: float, mode: str) -> int:
         tracemalloc.start()
-        run(count, rate)
+        run(count, rate, mode)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
 
     rows: list[list[str]] = []
     result: list[dict[str, Any]] = []
-    for rate in args.rates:
-        runs = [run(requests, rate) for _ in range(repeat)]
+    for mode, rate in product(args.modes, args.rates):
+        runs = [run(requests, rate, mode) for _ in range(repeat)]
         (engine,), summary = runs[0][0].engines, runs[0][1]
         found = {
+            "mode": mode,
             "rate": rate,
             "requests_per_cpu_second": requests / statistics.median(seconds for _, _, seconds in runs),
             "steps": engine.steps,
@@ -78,10 +93,11 @@ def main() -> None:
             "preemptions": engine.preemptions,
             "ttft_mean_s": summary.ttft.mean,
             "tpot_mean_s": summary.tpot.mean,
-            "peak_bytes": [peak(max(1, requests // 10), rate), peak(requests, rate)],
+            "peak_bytes": [peak(max(1, requests // 10), rate, mode), peak(requests, rate, mode)],
         }
         result.append(found)
         rows.append([
+            mode,
             f"{rate:g}/s",
             f"{found['requests_per_cpu_second']:,.0f}",
             f"{engine.steps / requests:.2f}",
@@ -90,7 +106,7 @@ def main() -> None:
             f"{summary.tpot.mean * 1e3:.1f} ms",
             " / ".join(f"{size / 1024:.0f} KiB" for size in found["peak_bytes"]),
         ])  # fmt: skip
-    columns = ["rate", "requests/s of CPU", "steps each", "events each", "TTFT", "TPOT", "peak, 10 % / all"]
+    columns = ["mode", "rate", "requests/s of CPU", "steps each", "events each", "TTFT", "TPOT", "peak, 10 % / all"]
     show_table(f"{requests} requests of {PROMPT}/{OUTPUT} tokens, {MODEL} on {HARDWARE}", columns, rows)
     body = {"model": MODEL, "hardware": HARDWARE, "requests": requests, "rows": result}
     write_result(args.json, "planner_simulator", body, load_before)

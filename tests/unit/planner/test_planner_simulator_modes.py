@@ -261,3 +261,31 @@ def test_an_uneven_step_takes_the_same_time_whoever_asks() -> None:
     assert (line.seconds, line.steps) == (source.step_seconds(Steps.of(contexts=[25] * 4)), 16)
     with pytest.raises(SourceError, match="has to be above 1"):
         Imbalanced(SOURCE, SOURCE, mean=1.0, deviation=0.1)
+
+
+def test_the_slowest_rank_changes_within_a_run() -> None:
+    # One sequence of 40 tokens against three of 4, whose keys become more after some steps.
+    found = []
+    for holds in (1.0, float("inf")):
+        source = ExactSource(1.0, 0.0, key=0.25, holds=holds)
+        jobs = [Job(0, 0.0, 40, 40), *(Job(number, 0.0, 4, 40) for number in (1, 2, 3))]
+        clock = Clock()
+        group, limits = Lockstep(clock), Limits(100, 4, 4, 80)
+        ranks = [Engine(clock, source, limits, lambda job, now: None, number=n, lockstep=group) for n in (0, 1)]
+        clock.feed(jobs, lambda job, now: ranks[min(job.number, 1)].accept(job, now))  # noqa: B023
+        clock.run()
+        found.append([(job.first_token, job.last_token, job.longest_gap) for job in jobs])
+    assert found[0] == found[1]
+
+
+def test_of_a_prompt_that_was_shared_in_part_the_end_goes_first() -> None:
+    # Ids of two blocks; the second job takes part in the first block alone, which cuts the run of its id in two.
+    jobs = [
+        shared(0, 0.0, (1, 2), 17, 9),
+        shared(1, 4.0, (1,), 5, 2),
+        Job(2, 100.0, 28, 1),
+        shared(3, 200.0, (1, 2), 17),
+    ]
+    run(jobs, cached(8))
+    # The third job takes seven of eight blocks; the one that is left is the first of the prompt.
+    assert (jobs[1].found, jobs[3].found) == (4, 4)
