@@ -111,6 +111,7 @@ class HeadOfLine(WaitingQueue):
         self.inner = inner
         self.ready: deque[Leg] = deque()
         self.local = False
+        self._learner = inner if isinstance(inner, Learner) else None
         self._now = 0.0
 
     def remote(self, now: float) -> Leg | None:
@@ -137,8 +138,8 @@ class HeadOfLine(WaitingQueue):
 
     def left(self, job: Job, now: float) -> None:
         """See `Learner`."""
-        if isinstance(self.inner, Learner):
-            self.inner.left(job, now)
+        if self._learner is not None:
+            self._learner.left(job, now)
 
     def __len__(self) -> int:
         if self.local:
