@@ -192,11 +192,11 @@ class _Search:
             key = (candidate.kind, candidate.level)
             patience = self.effort.patience
             tired = patience is not None and self.failed.get(key, 0) >= patience
-            if tired or (candidate.level and not self._refined(candidate)):
-                self.result.left += 1
-                self.decided += 1
-            elif self.effort.bounds and not self._may_win(candidate):
+            if self.effort.bounds and not self._may_win(candidate):
                 self.result.bounded += 1
+                self.decided += 1
+            elif tired or (candidate.level and not self._refined(candidate)):
+                self.result.left += 1
                 self.decided += 1
             else:
                 yield candidate
