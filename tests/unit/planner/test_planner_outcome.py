@@ -216,7 +216,7 @@ def test_an_unstable_plan_is_recognised() -> None:
 
 
 @pytest.mark.parametrize(("plan", "slo", "counts"), [(ONE, SLO, (600, 2400, 9600)), (ONE, Slo(5.0), (600, 2400)),
-                         (APART, Slo(0.35, 0.08), (600, 2400))], ids=["colocated", "throughput", "apart"])  # fmt: skip
+                         pytest.param(APART, Slo(0.35, 0.08), (600, 2400), marks=pytest.mark.slow)], ids=["colocated", "throughput", "apart"])  # fmt: skip
 def test_goodput_does_not_depend_on_n(plan: Plan, slo: Slo, counts: tuple[int, ...]) -> None:
     found = [goodput(plan, SETTING, WORKLOAD, slo, requests=count, start=RATE) for count in counts]
     best = found[-1]
@@ -236,10 +236,10 @@ def test_goodput_does_not_depend_on_n(plan: Plan, slo: Slo, counts: tuple[int, .
 
 
 def test_goodput_says_what_it_fails_on() -> None:
-    assert goodput(ONE, SETTING, WORKLOAD, Slo(ttft=5.0, tpot=0.055), requests=400, start=RATE).limit == "tpot"
-    assert goodput(APART, SETTING, WORKLOAD, Slo(ttft=0.2, tpot=1.0), requests=400, start=RATE).limit == "ttft"
-    assert goodput(ONE, SETTING, WORKLOAD, Slo(ttft=None, tpot=None), requests=400, start=RATE).limit == "throughput"
-    never = goodput(ONE, SETTING, WORKLOAD, Slo(ttft=0.001), requests=400, start=RATE)
+    assert goodput(ONE, SETTING, WORKLOAD, Slo(ttft=5.0, tpot=0.055), requests=300, start=RATE).limit == "tpot"
+    assert goodput(APART, SETTING, WORKLOAD, Slo(ttft=0.2, tpot=1.0), requests=300, start=RATE).limit == "ttft"
+    assert goodput(ONE, SETTING, WORKLOAD, Slo(ttft=None, tpot=None), requests=300, start=RATE).limit == "throughput"
+    never = goodput(ONE, SETTING, WORKLOAD, Slo(ttft=0.001), requests=300, start=RATE)
     assert (never.rate, never.low, never.high, never.limit) == (0.0, 0.0, 0.0, "ttft")
     assert never.outcome.ttft.p50 > 0.001
     json.dumps(never.as_json(), allow_nan=False)
