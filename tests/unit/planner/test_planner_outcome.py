@@ -215,8 +215,14 @@ def test_an_unstable_plan_is_recognised() -> None:
         assert found.attainment < 0.2
 
 
-@pytest.mark.parametrize(("plan", "slo", "counts"), [(ONE, SLO, (600, 2400, 9600)), (ONE, Slo(5.0), (600, 2400)),
-                         pytest.param(APART, Slo(0.35, 0.08), (600, 2400), marks=pytest.mark.slow)], ids=["colocated", "throughput", "apart"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plan", "slo", "counts"),
+    [
+        pytest.param(ONE, SLO, (600, 2400, 9600), id="colocated"),
+        pytest.param(ONE, Slo(5.0), (600, 2400), id="throughput"),
+        pytest.param(APART, Slo(0.35, 0.08), (600, 2400), id="apart", marks=pytest.mark.slow),
+    ],
+)
 def test_goodput_does_not_depend_on_n(plan: Plan, slo: Slo, counts: tuple[int, ...]) -> None:
     found = [goodput(plan, SETTING, WORKLOAD, slo, requests=count, start=RATE) for count in counts]
     best = found[-1]
