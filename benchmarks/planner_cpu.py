@@ -122,7 +122,7 @@ async def serve_kind(
 ) -> tuple[Calibration, list[dict[str, Any]]]:
     """Constants of this fleet, then each load: predicted, and run."""
     both = kind == "colocated"
-    repeats = 3 if args.quick else 10
+    repeats = 3 if args.quick else args.repeats
     calibration = await measure_fleet(fleet, kind, calibration, width=2 if both else 1, repeats=repeats, say=say)
     if not rates:
         rates += [rate_for(calibration, load, busy) for load, busy in zip(loads, args.busy, strict=True)]
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--busy", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="shares, one run each")
     parser.add_argument("--rates", type=float, nargs="+", help="requests a second in place of --busy")
     parser.add_argument("--seconds", type=float, default=150.0, help="of the grid, alone and again with both at work")
+    parser.add_argument("--repeats", type=positive, default=10, help="of each measurement of a fleet's constants")
+    parser.add_argument("--dense", type=float, default=1.0, help="grid points per factor of two")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="write it here; read it where it exists")
     parser.add_argument("--folder", type=Path, help="model and logs; a temporary one by default")
     args = parser.parse_args(argv)
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
             calibration = load(args.calibration)
         else:
             options = Options(
-                model=str(args.model), device="cpu", engine=ENGINE, engines=2, seconds=args.seconds,
+                model=str(args.model), device="cpu", engine=ENGINE, engines=2, seconds=args.seconds, dense=args.dense,
                 folder=folder / "calibrate",
             )  # fmt: skip
             calibration = calibrate(options, say)

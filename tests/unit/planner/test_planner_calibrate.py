@@ -59,6 +59,9 @@ def test_the_grid_keeps_to_the_limits_and_reaches_them() -> None:
     cells = grid(LIMITS)
     assert max(cell.tokens for cell in cells) == 512
     assert max(len(cell.contexts) for cell in cells) == 16
+    # A chunk takes a place as a decoding sequence does; the engine would leave it waiting.
+    assert max(len(cell.contexts) + len(cell.chunks) for cell in cells) == 16
+    assert max(len(cell.contexts) for cell in cells if cell.chunks) == 15
     assert all(before % LIMITS.block == 0 for cell in cells for _, before in cell.chunks)
     longest = max(
         [*(context for cell in cells for context in cell.contexts), *(sum(c) for x in cells for c in x.chunks)]

@@ -89,6 +89,7 @@ def grid(limits: Range) -> list[Cell]:
         replace(cell, steps=2) if cell.tokens >= 200 else cell
         for cell in dict.fromkeys([*_decode(limits, longest), *_prompts(limits, longest), *_mixed(limits, longest)])
         if cell.tokens <= limits.max_num_batched_tokens
+        and len(cell.contexts) + len(cell.chunks) <= limits.max_num_seqs
         and 4 * (sum(cell.contexts) + sum(map(sum, cell.chunks))) <= limits.kv_tokens
     ]
 
@@ -108,7 +109,7 @@ def _prompts(limits: Range, longest: int) -> Iterator[Cell]:
     budget, block = limits.max_num_batched_tokens, limits.block
     lengths = _sizes(8, min(budget, longest), limits.dense)
     # Only whole blocks are found in the cache, so only they can lie before a chunk.
-    befores = sorted({0, *(size // block * block for size in _sizes(block, longest, 0.5))})
+    befores = sorted({0, *(size // block * block for size in (*_sizes(block, longest, 0.5), 3 * longest // 4))})
     for length in lengths:
         for before in befores:
             if length + before <= longest and (before == 0 or length >= 32 or length == lengths[0]):
@@ -120,12 +121,12 @@ def _prompts(limits: Range, longest: int) -> Iterator[Cell]:
 
 def _mixed(limits: Range, longest: int) -> Iterator[Cell]:
     budget, block = limits.max_num_batched_tokens, limits.block
-    for count in _sizes(2, limits.max_num_seqs, limits.dense / 2):
+    for count in _sizes(2, limits.max_num_seqs - 1, limits.dense / 2):
         for length in (16, 64, budget // 4, budget // 2, budget - count):
             for context, before in ((longest // 8, 0), (longest // 3, longest // 2 // block * block)):
                 if 0 < length <= longest - before:
                     yield Cell((context,) * count, ((length, before),))
-    count = min(4, limits.max_num_seqs)
+    count = max(1, min(4, limits.max_num_seqs - 2))
     yield Cell((longest // 4,) * count, ((budget // 4, 0), (budget // 8, 0)))
 
 
