@@ -40,7 +40,9 @@ class Workers(Generic[Task, Result]):
 
     def __enter__(self) -> Self:
         global _RUN
-        if self.processes > 1 and "fork" in multiprocessing.get_all_start_methods():
+        # With a deadline also for one process: a task in this one could not be given up.
+        apart = self.processes > 1 or self.deadline is not None
+        if apart and "fork" in multiprocessing.get_all_start_methods():
             _RUN = self.run
             self._pool = ProcessPoolExecutor(self.processes, multiprocessing.get_context("fork"), _ignore_interrupts)
             # Forked now, before a progress bar starts its thread.
