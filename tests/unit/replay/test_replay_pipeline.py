@@ -37,8 +37,8 @@ CASES = {
     # blocks, budget, mean gap in units of 1/1024 s
     "chunks": (2000, 128, 75),
     "many": (2000, 512, 25),
-    "cache": (150, 512, 50),
-    "cache and chunks": (120, 64, 150),
+    "cache": (110, 512, 30),
+    "cache and chunks": (100, 64, 80),
     "idle": (2000, 8192, 1500),
 }
 
@@ -50,7 +50,7 @@ CASES = {
 def test_batches_under_way(case: str, stages: int, ahead: bool, known: bool) -> None:
     blocks, budget, gap = CASES[case]
     draw, at, rows = random.Random(case), 0.0, []
-    for _ in range(60):
+    for _ in range(20 if case == "idle" else 40):
         at += draw.randrange(2 * gap) / 1024
         rows.append(Row(at, draw.randrange(1, 900), draw.choice([1, 2, *(draw.randrange(1, 300) for _ in range(4))])))
     source, caching = Staged(stages), case.startswith("cache")
