@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,11 +15,13 @@ from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.models import load
 from vllm_suite.planner.plan import Plan, PlanError, Slo
 from vllm_suite.planner.search.assess import Task, assess
+from vllm_suite.planner.search.baseline import random_plans
 from vllm_suite.planner.search.bounds import Bounds
 from vllm_suite.planner.search.candidates import Candidate, candidates
 from vllm_suite.planner.search.choices import Choices, Settings
 from vllm_suite.planner.search.horizon import Horizon
 from vllm_suite.planner.search.objective import Objective, pareto
+from vllm_suite.planner.search.sampled import sampled
 from vllm_suite.planner.search.search import Effort, SearchResult, search
 from vllm_suite.planner.search.simulated import Simulated, interval
 from vllm_suite.planner.search.sources import Sources, source_maker
@@ -328,3 +331,29 @@ def test_a_simulator_gives_the_same_in_two_processes():
     assert [(each.plan, each.goodput) for each in runs[0].found] == [
         (each.plan, each.goodput) for each in runs[1].found
     ]
+
+
+def test_sampling_finds_a_good_plan_the_same_way_twice(eight):
+    pytest.importorskip("optuna", reason="the extra `search` is not installed")
+    formula = Formula(eight.bounds)
+    one, two = (sampled(eight.space, eight.listed, formula, eight.objective, trials=30, seed=1) for _ in range(2))
+    assert answers(one) == answers(two)
+    assert one.best is not None
+    assert one.best.goodput > 0.7 * best_by_formula(eight, formula)
+    assert one.left == one.space - len(one.found)
+
+
+def test_sampling_without_optuna_says_what_to_install(eight, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(PlanError, match=r"pip install 'vllm-suite\[search\]'"):
+        sampled(eight.space, eight.listed, Formula(eight.bounds), eight.objective)
+
+
+def test_random_plans_are_the_same_for_a_seed_and_within_their_step(eight):
+    formula = Formula(eight.bounds)
+    drawn = random_plans(eight.space, eight.listed, formula, seed=3)
+    assert drawn == random_plans(eight.space, eight.listed, formula, seed=3)
+    assert drawn != random_plans(eight.space, eight.listed, formula, seed=4)
+    assert len(drawn.plans) == 10
+    assert drawn.mean == pytest.approx(sum(drawn.goodputs) / 10)
+    assert 0 < max(drawn.goodputs) <= best_by_formula(eight, formula)
