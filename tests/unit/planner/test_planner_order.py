@@ -101,3 +101,20 @@ def test_in_overload_the_mean_falls(rule: str) -> None:
 def test_another_rule_is_refused() -> None:
     with pytest.raises(SimulationError, match="boost or kappa"):
         LengthOrder("sjf")  # type: ignore[arg-type]
+
+
+def test_defaults_are_the_plugins() -> None:
+    import vllm_dler.placement as placement
+    import vllm_dler.rules as rules
+    from vllm_dler.config import SchedulerSettings
+
+    import vllm_suite.planner.simulator.order as simulated
+
+    plugin, ours = SchedulerSettings(), LengthOrder()
+    assert (ours.rule, ours.kappa, ours.strength) == (plugin.rule, plugin.kappa, plugin.boost.strength)
+    assert (ours.max_boost_s, ours.prefill_weight) == (plugin.boost.max_boost_s, plugin.prefill_weight)
+    constants = (simulated._RELEARN_EVERY, simulated._RELEARN_S, simulated._SHARE)
+    assert constants == (plugin.relearn_every, plugin.relearn_s, placement._SHARE)
+    assert (simulated._WINDOW, simulated._EVERY) == (rules._WINDOW, rules._EVERY)
+    assert (simulated._QUANTILE, simulated._STEEPNESS) == (rules._SHARE, rules._STEEPNESS)
+    assert simulated._MOST == rules._MOST

@@ -18,7 +18,7 @@ from vllm_suite.planner.simulator.jobs import Job, SimulationError
 
 # The plugin's defaults: finished jobs, or seconds, after which waiting ones are looked at anew; and waiting ones that
 # are looked at for each that ended.
-_RELEARN_EVERY, _RELEARN_S, _SHARE = 32, 1.0, 8
+_RELEARN_EVERY, _RELEARN_S, _SHARE = 32, 1.0, 4
 # The boost: jobs that its scales look back on, how often, which share of latencies, its shape.
 _WINDOW, _EVERY, _QUANTILE = 256, 16, 0.95
 _STEEPNESS, _MOST = 0.5, 2.0
@@ -45,7 +45,7 @@ class LengthOrder:
         rule: Literal["boost", "kappa"] = "boost",
         *,
         kappa: float = 0.02,
-        strength: float = 0.8,
+        strength: float = 0.9,
         max_boost_s: float = 300.0,
         prefill_weight: float = 0.2,
         max_tokens: int = 1 << 16,
