@@ -246,3 +246,10 @@ def test_a_known_folder_is_what_the_fleet_serves(tmp_path):
     case = question(parser.parse_args([*words, "--ttft", "1s"]))
     assert case.name == str(folder)
     assert case.model.hidden == 512
+
+
+def test_the_length_aware_order_is_simulated_and_in_the_fleet(tmp_path, capsys):
+    path = tmp_path / "f.yaml"
+    assert plan("--ttft", "200ms", "--tpot", "20ms", "--dler", "--cv", "1", "-o", str(path)) == 0
+    assert load_fleet(path).plugins == ("disagg", "dler")
+    capsys.readouterr()

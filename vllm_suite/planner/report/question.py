@@ -16,6 +16,7 @@ from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.choices import Choices
 from vllm_suite.planner.search.sources import Sources, source_maker
 from vllm_suite.planner.search.state import StateError
+from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.sources.base import SourceError
 from vllm_suite.planner.traces import TraceError, Workload, item_of, synthetic
@@ -44,8 +45,6 @@ def question(args: argparse.Namespace) -> Case:
         raise InputError(f"--rate is requests per second above 0, not {args.rate:g}")
     if args.requests < 100:
         raise InputError(f"--requests {args.requests}: fewer than 100 say nothing about a share of requests")
-    if args.dler:
-        raise InputError("--dler: the simulator has no length-aware order yet; leave it")
     workload = _workload(args, model)
     rate = args.rate if args.rate is not None else workload.rate
     if args.objective != "goodput" and rate is None:
@@ -57,6 +56,7 @@ def question(args: argparse.Namespace) -> Case:
     sources = Sources(source_maker(args.source, hardware), model, stored, hardware)
     setting = Setting(
         model, stored, hardware, sources, encode_seconds=sources.encode if workload.items else None,
+        queue=LengthOrder if args.dler else None,
     )  # fmt: skip
     name = str(Path(args.model).parent) if args.model.endswith(".json") else args.model
     case = Case(
