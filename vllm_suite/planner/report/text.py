@@ -116,6 +116,10 @@ def _against(case: Case, found: Study) -> Iterator[str]:
     other = found.disaggregated if kind == "any" else found.colocated
     name = "disaggregated" if kind == "any" else "colocated"
     if other is None:
+        tried = [kind for kind in case.choices.kinds if (kind == "any") == (name == "colocated")]
+        if not tried:
+            yield f"Beside it: no {name} plan was tried (--space kinds=...)."
+            return
         yield f"Beside it: no {name} plan meets the targets."
         return
     yield f"Beside the best {name} plan, {other.found.plan.name}:"
