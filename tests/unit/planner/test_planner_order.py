@@ -106,9 +106,8 @@ def test_another_rule_is_refused() -> None:
 def test_defaults_are_the_plugins() -> None:
     import vllm_dler.placement as placement
     import vllm_dler.rules as rules
-    from vllm_dler.config import SchedulerSettings
-
     import vllm_suite.planner.simulator.order as simulated
+    from vllm_dler.config import SchedulerSettings
 
     plugin, ours = SchedulerSettings(), LengthOrder()
     assert (ours.rule, ours.kappa, ours.strength) == (plugin.rule, plugin.kappa, plugin.boost.strength)
