@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from vllm_suite.planner.simulator.jobs import Job, Learner, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
-from vllm_suite.planner.simulator.scheduler import Scheduler
+from vllm_suite.planner.simulator.scheduler import SimulatedScheduler
 
 if TYPE_CHECKING:
     from vllm_suite.planner.simulator.steps import Plan
 
 
-class Outlet(Scheduler):
+class Outlet(SimulatedScheduler):
     """A scheduler that is told when steps end.
 
     Attributes:

@@ -17,7 +17,7 @@ from vllm_suite.planner.simulator.prefix import PrefixCache
 _NOBODY: tuple[tuple[Job, ...], tuple[Job, ...]] = ((), ())
 
 
-class Scheduler:
+class SimulatedScheduler:
     """The state of vLLM's scheduler, and its decisions.
 
     A decision takes effect with `_apply`, at the latest before the next one. Jobs that decode are in `decoding`; where

@@ -31,7 +31,7 @@ class Plan:
         seconds: of the first.
         line: times of each; None with prompts.
         count: steps.
-        sampled, leaving: what `Scheduler._apply` returned; None until then.
+        sampled, leaving: what `SimulatedScheduler._apply` returned; None until then.
     """
 
     __slots__ = ("count", "leaving", "line", "sampled", "seconds", "steps")
