@@ -1,7 +1,7 @@
 """One vLLM engine on a virtual clock: when each step ends, and who got a token.
 
-What a step computes is `SimulatedScheduler`'s, what its end means `Outlet`'s. Here steps get their times: one after another, or,
-with `async_scheduling`, each decided on while the one before it computes (vllm/v1/engine/core.py, 0.32,
+What a step computes is `SimulatedScheduler`'s, what its end means `Outlet`'s. Here steps get their times: one after
+another, or, with `async_scheduling`, each decided on while the one before it computes (vllm/v1/engine/core.py, 0.32,
 `step_with_batch_queue`). With pipeline stages they are `Pipeline`'s, and data-parallel ranks share a `Lockstep`.
 """
 
