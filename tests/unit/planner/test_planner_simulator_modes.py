@@ -183,6 +183,19 @@ def test_two_stages_are_full_with_two_groups_and_half_empty_with_one() -> None:
     assert busy[1] > 0.95
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_token_is_not_begun_before_the_last_one_is_known(stages: int, count: int) -> None:
+    gaps = []
+    for limits in (Limits(100, 4, 4, 8), ahead()):
+        # Long enough that runs of decode steps are taken at once, and short enough that they are not.
+        for output in (4, 60):
+            jobs = [Job(number, 0.5 * number, 8, output) for number in range(count)]
+            run(jobs, limits, Staged(stages))
+            gaps += [job.tpot for job in jobs]
+    assert min(gaps) >= 1.0
+
+
 def test_a_prefill_pipeline_waits_for_what_has_to_be_fetched() -> None:
     clock, jobs = Clock(), [Job(number, 0.0, 8, 3) for number in range(2)]
 

@@ -1,7 +1,8 @@
 """vLLM's own scheduler behind its engine core's loop, for several batches under way: on a virtual clock.
 
 The loop is that of `EngineCore.step_with_batch_queue`, an empty batch included; with one place in the queue it is
-`EngineCore.step`. Pipeline stages are a flow shop: a batch holds one after another, each as soon as both are free.
+`EngineCore.step`. Pipeline stages are a flow shop: a batch holds one after another, each as soon as both are free. It
+enters the first once the last has sampled the tokens that it decodes from.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Core:
         self.stages: list[float] = []
         self.last_end = 0.0
         self.decoding: set[str] = set()
+        self.known_at: dict[str, float] = {}
         self.live: dict[str, Any] = {}
         self.unfinished = 0
         self.seconds: list[float] = []
@@ -104,12 +106,18 @@ class Core:
         end, ran = max(self.now, self.last_end), bool(orders.total_num_scheduled_tokens)
         if ran:
             self.served.steps += 1
-            at, times = self.now, self.stage_times(self.steps_of(orders))
+            before = self.decoding.intersection(orders.num_scheduled_tokens)
+            steps = self.steps_of(orders)
+            waited_for = [self.known_at[name] for name in before & self.decoding if steps.decode_sequences]
+            at, times = max([self.now, *waited_for]), self.stage_times(steps)
             self.seconds.append(sum(times))
             self.stages = self.stages or [0.0] * len(times)
             for stage, seconds in enumerate(times):
                 at = self.stages[stage] = max(at, self.stages[stage]) + seconds
             end = at
+            self.known_at.update(
+                (name, end) for name, token in zip(orders.num_scheduled_tokens, samples, strict=True) if token
+            )
         self.last_end = end
         self.queue.append((orders, list(orders.num_scheduled_tokens), samples, end))
         return len(self.queue) < self.places and (ran or self.scheduler.has_requests())

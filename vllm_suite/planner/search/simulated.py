@@ -171,7 +171,7 @@ def part(plan: Plan, rate: float) -> tuple[Plan, float]:
 def for_plan(setting: Setting, plan: Plan) -> Setting:
     """The setting that a plan is simulated with: no scheduling ahead where an engine has pipeline stages.
 
-    A stage ahead of the last token of its requests could not compute them.
+    vLLM turns both together off unless its second model runner is used.
     """
     staged = any(pool.parallel.pp > 1 for pool in plan.pools)
     return replace(setting, async_scheduling=False) if staged else setting

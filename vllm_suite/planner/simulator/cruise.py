@@ -92,7 +92,7 @@ def cruise(pipeline: Pipeline) -> None:
 def _sail(pipeline: Pipeline, courses: dict[Decoding, _Course], following: float) -> None:
     queue, free_at, cohorts, last_end = pipeline.queue, pipeline.free_at, pipeline.cohorts, pipeline.last_end
     engine, ahead, stages = pipeline.engine, pipeline.engine.limits.async_scheduling, len(pipeline.free_at)
-    free, others, busy = engine.free, range(stages - 1), 0.0
+    free, others, busy, known_at = engine.free, range(stages - 1), 0.0, pipeline.known_at
     # All that is read of a batch's plan from now on is that it gives nobody a first token.
     plan = next(batch.plan for batch in queue if batch.plan is not None)
     while True:
@@ -129,10 +129,11 @@ def _sail(pipeline: Pipeline, courses: dict[Decoding, _Course], following: float
         slowest = course.last + course.last_slope * course.decided
         course.decided += 1
         each = max(0.0, seconds - slowest) / (stages - 1)
-        head.start = at = max(now, free_at[0])
+        index = cohorts.index(course.cohort)
+        head.start = at = max(now, free_at[0], known_at[index])
         for stage in others:
             at = free_at[stage] = max(at, free_at[stage]) + each
-        head.end = free_at[-1] = max(at, free_at[-1]) + slowest
+        head.end = free_at[-1] = known_at[index] = max(at, free_at[-1]) + slowest
         busy += max(seconds, slowest) / stages
         head.cohort, head.plan = course.cohort, plan
         queue.append(head)

@@ -4,7 +4,8 @@ The loop is that of vLLM's engine core (vllm/v1/engine/core.py, `step_with_batch
 until the queue is full, an empty one takes a place too, and then the oldest is waited for. A request is in one batch at
 a time, so those that decode form as many groups as there are batches; what is left empty are the pipeline's bubbles.
 With `async_scheduling` it is that of vLLM's second model runner: one batch more is under way, and a request is in the
-next batch but so many as there are stages, before its last token is known.
+next batch but so many as there are stages, before its last token is known. That batch waits at the first stage until the
+last one has sampled the token.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Pipeline:
         cohorts: groups of jobs that decode together; ahead, those of every so many batches as there are stages, else
             any that is not under way is next.
         last_end: of each cohort's batches.
+        known_at: when the tokens of each cohort's newest batch are, or will be, known.
         free_at: when each stage is.
         calls: batches that were scheduled, empty ones too.
     """
@@ -57,6 +59,7 @@ class Pipeline:
         self.queue: deque[Batch] = deque()
         self.cohorts = [engine.decoding, *(Decoding(engine.limits.block_size) for _ in range(stages - 1))]
         self.last_end = [0.0] * stages
+        self.known_at = [0.0] * stages
         self.free_at = [0.0] * stages
         self.calls = 0
 
@@ -107,7 +110,10 @@ class Pipeline:
         partial = engine._partial
         if partial is not None:
             partial.flying += 1
-        start, end = self._enter(plan, now)
+        index = self.cohorts.index(cohort)
+        ready = max(now, self.known_at[index]) if plan.steps.decode_sequences else now
+        start, end = self._enter(plan, ready)
+        self.known_at[index] = end
         return Batch(cohort, plan, start, end, partial)
 
     def _choose(self) -> Decoding:
@@ -116,13 +122,13 @@ class Pipeline:
         idle = [cohort for cohort in self.cohorts if not cohort.flying]
         return next((cohort for cohort in idle if cohort.count), idle[0])
 
-    def _enter(self, plan: Plan, now: float) -> tuple[float, float]:
+    def _enter(self, plan: Plan, ready: float) -> tuple[float, float]:
         """A batch goes through the stages, each as soon as it and the batch are free; when it enters and leaves."""
         free_at = self.free_at
         slowest = self.slowest(plan.steps)
         # The slowest stage is taken to be the last, which has the output head.
         others = max(0.0, plan.seconds - slowest) / (len(free_at) - 1)
-        start = at = max(now, free_at[0])
+        start = at = max(ready, free_at[0])
         for stage in range(len(free_at) - 1):
             at = free_at[stage] = max(at, free_at[stage]) + others
         at = free_at[-1] = max(at, free_at[-1]) + slowest
