@@ -4,8 +4,8 @@ The loop is that of vLLM's engine core (vllm/v1/engine/core.py, `step_with_batch
 until the queue is full, an empty one takes a place too, and then the oldest is waited for. A request is in one batch at
 a time, so those that decode form as many groups as there are batches; what is left empty are the pipeline's bubbles.
 With `async_scheduling` it is that of vLLM's second model runner: one batch more is under way, and a request is in the
-next batch but so many as there are stages, before its last token is known. That batch waits at the first stage until the
-last one has sampled the token.
+next batch but so many as there are stages, before its last token is known. That batch waits at the first stage until
+the last one has sampled the token.
 """
 
 from __future__ import annotations
