@@ -213,7 +213,7 @@ def test_epd_any(result: Facts) -> None:
 def test_dler_and_all_others(result: Facts) -> None:
     assert result["scheduler"] == "vllm_suite.compat.scheduler.make_scheduler"
     assert (result["ec_connector"], result["connector"]) == ("SuiteECConnector", "SuiteNixlConnector")
-    assert "dler, boost 0.8" in result["lines"][0]
+    assert "dler, boost 0.9" in result["lines"][0]
 
 
 def test_dler_keeps_yours(result: Facts) -> None:

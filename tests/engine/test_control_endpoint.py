@@ -101,12 +101,12 @@ def test_foreign_routes_stay_closed(server: Server) -> None:
 
 def test_load_follows_the_requests(server: Server) -> None:
     body = {"model": "tiny", "prompt": [20] * 300, "max_tokens": 300, "ignore_eos": True}
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(server.request, "/v1/completions", KEY, body) for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:  # two and more wait for so long that a state asked for between sees it
+        answers = [pool.submit(server.request, "/v1/completions", KEY, body) for _ in range(8)]
         busy = wait(server, lambda s: s["load"]["running"] == 1 and s["load"]["waiting"] >= 2, 30)
         assert busy["load"]["kv_usage"] > 0
         assert busy["load"]["waiting_tokens"] >= 600
-        assert [answer.result(120)[0] for answer in answers] == [200] * 4
+        assert [answer.result(120)[0] for answer in answers] == [200] * 8
     idle = wait(server, lambda s: s["load"]["running"] == 0, 10)
     assert (idle["load"]["waiting"], idle["load"]["waiting_tokens"]) == (0, 0)
 

@@ -33,7 +33,7 @@ def test_every_landed_plugin_has_an_entry_that_stays_within_the_options() -> Non
 def test_plugins_that_want_the_same_are_both_named() -> None:
     found = {setting.option: setting for setting in propose(["disagg", "epd", "dler"], view("any"))}
     assert found["scheduler_cls"].value == "vllm_suite.compat.scheduler.make_scheduler"
-    assert found["scheduler_cls"].why == "epd, requests that only encode; dler, boost 0.8"
+    assert found["scheduler_cls"].why == "epd, requests that only encode; dler, boost 0.9"
 
 
 @pytest.mark.parametrize(
