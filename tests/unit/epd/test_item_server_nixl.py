@@ -303,10 +303,13 @@ async def test_a_killed_producer_fails_its_reads_and_its_next_life_is_another(re
 async def test_a_stopped_producers_first_read_can_be_given_up(process: ProducerProcess, reader: Reader) -> None:
     """Nothing is connected yet: the read cannot complete, and after it was given up nothing is written."""
     ref = process.put("a")
-    consumer, remote = await connected(process.port, reader)
+    consumer = await Consumer.connect(process.port)
+    assert consumer.welcome is not None
     granted = await consumer.granted("a", ref)
     os.kill(process.process.pid, signal.SIGSTOP)
     try:
+        # Only now: UCX begins to connect here, and what is connected can be read without the producer's doing.
+        remote = reader.agent.add_remote(consumer.welcome.agent_metadata)
         read = reader.begin(remote, granted)
         for _ in range(50):
             assert read.poll() == "reading"
@@ -323,7 +326,6 @@ async def test_a_stopped_producers_first_read_can_be_given_up(process: ProducerP
     assert await consumer.granted("a", ref), "the producer is back"
     await asyncio.sleep(0.5)
     assert not reader.buffer.any(), "written to after it was given up"
-    assert consumer.welcome is not None
     remote = reader.agent.add_remote(consumer.welcome.agent_metadata)
     assert right(await reader.read(remote, granted), granted)
     consumer.close()
