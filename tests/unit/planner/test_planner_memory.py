@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from vllm_suite.planner.distserve.capacity import measured
 from vllm_suite.planner.models import ModelError, Parallel, Quantization, load
 from vllm_suite.planner.models.memory import (
     activation_bytes,
@@ -28,34 +29,6 @@ DISTSERVE = {
     "facebook/opt-66b": (78.93e9, 130.49e9, 64, 9216),
     "facebook/opt-175b": (78.60e9, 347.95e9, 96, 12288),
 }
-
-# Tokens of KV cache by tensor- and pipeline-parallel size, as DistServe measured them on A100-80GB: max_num_tokens.csv
-# of simdistserve in LLMServe/DistServe at commit 82831f1 (Apache-2.0).
-MEASURED = {
-    "facebook/opt-13b": {
-        1: {1: 66_144, 2: 163_008, 4: 356_752, 5: 453_616, 8: 744_224},
-        2: {1: 163_008, 2: 356_752, 4: 744_224, 5: 937_968, 8: 1_519_184},
-        4: {1: 356_736, 2: 744_224, 4: 1_519_168, 5: 1_906_656, 8: 3_069_088},
-        5: {1: 453_600, 2: 937_952, 4: 1_906_640, 5: 2_390_992, 8: 3_844_032},
-        8: {1: 744_208, 2: 1_519_168, 4: 3_069_072, 5: 3_844_032, 8: 6_168_896},
-    },
-    "facebook/opt-66b": {
-        1: {2: 11_600, 4: 78_512, 8: 212_320},
-        2: {1: 11_600, 2: 78_512, 4: 212_320, 8: 479_952},
-        3: {1: 45_056, 2: 145_408, 4: 346_128, 8: 747_568},
-        4: {1: 78_496, 2: 212_320, 4: 479_936, 8: 1_015_200},
-        6: {1: 145_408, 2: 346_128, 4: 747_568, 8: 1_550_448},
-        8: {1: 212_304, 2: 479_936, 4: 1_015_184, 8: 2_085_696},
-    },
-    "facebook/opt-175b": {
-        1: {6: 26_208, 8: 59_536},
-        2: {3: 26_208, 4: 59_536, 6: 126_160, 8: 192_800},
-        3: {2: 26_208, 3: 76_192, 4: 126_160, 6: 226_112, 8: 326_064},
-        4: {2: 59_520, 3: 126_160, 4: 192_800, 6: 326_064, 8: 459_328},
-        6: {1: 26_208, 2: 126_160, 3: 226_112, 4: 326_064, 6: 525_968, 8: 725_872},
-        8: {1: 59_520, 2: 192_784, 3: 326_048, 4: 459_328, 6: 725_856, 8: 992_400},
-    },
-}  # fmt: skip
 
 
 def total(name: str, parallel: Parallel, quant: Quantization = BF16) -> float:
@@ -134,19 +107,18 @@ def test_capacity_is_what_distserve_measured(name: str) -> None:
     fp16 = Quantization.named("float16")
     assert 2 * model.params == pytest.approx(weights, rel=1e-3)
     heads, own = hidden // 128, 0
-    for tp, by_pp in MEASURED[name].items():
-        for pp, measured in by_pp.items():
-            closed = closed_form_tokens(tp * pp, usable, weights, layers, hidden)
-            assert closed == pytest.approx(measured, rel=1e-3, abs=16), (tp, pp)
-            if heads % tp == 0 and layers % pp == 0:
-                ours = kv_capacity(model, fp16, Parallel(tp, pp), usable, utilisation=1.0, block=16).tokens
-                assert ours == pytest.approx(measured, rel=2e-3, abs=16), (tp, pp)
-                own += 1
+    for tp, pp, tokens in (row[1:] for row in measured() if row[0] == name):
+        closed = closed_form_tokens(tp * pp, usable, weights, layers, hidden)
+        assert closed == pytest.approx(tokens, rel=1e-3, abs=16), (tp, pp)
+        if heads % tp == 0 and layers % pp == 0:
+            ours = kv_capacity(model, fp16, Parallel(tp, pp), usable, utilisation=1.0, block=16).tokens
+            assert ours == pytest.approx(tokens, rel=2e-3, abs=16), (tp, pp)
+            own += 1
     assert own >= 15
 
 
 def test_all_rows_are_there() -> None:
-    assert sum(len(by_pp) for sizes in MEASURED.values() for by_pp in sizes.values()) == 76
+    assert len({row[:3] for row in measured()}) == 76
 
 
 def test_what_does_not_fit_is_said() -> None:
