@@ -8,7 +8,8 @@ import statistics
 import pytest
 from simulated import ExactSource
 
-from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.engine import Engine, Limits
 from vllm_suite.planner.simulator.jobs import FirstCome, Job, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.pool import simulate
@@ -117,3 +118,19 @@ def test_defaults_are_the_plugins() -> None:
     assert (simulated._WINDOW, simulated._EVERY) == (rules._WINDOW, rules._EVERY)
     assert (simulated._QUANTILE, simulated._STEEPNESS) == (rules._SHARE, rules._STEEPNESS)
     assert simulated._MOST == rules._MOST
+
+
+def test_a_prefill_instance_keeps_nothing_of_jobs_that_left() -> None:
+    """Lengths are learned where answers end; where only prompts are computed, places in the queue are forgotten."""
+    clock, order, known = Clock(), LengthOrder("kappa"), list[int]()
+
+    def finished(job: Job, now: float) -> None:
+        engine.release(job.held, now, job)
+        known.append(len(order._known))
+
+    engine = Engine(clock, ExactSource(), Limits(40), finished, waiting=order, prefill_only=True)
+    clock.feed((Job(number, number * 8.0, 64, 2) for number in range(500)), engine.accept)
+    clock.run()
+    assert len(known) == 500
+    assert max(known) < 80
+    assert known[-1] == 0

@@ -123,6 +123,15 @@ class Learner(Protocol):
         ...
 
 
+@runtime_checkable
+class Keeper(Protocol):
+    """A waiting queue that remembers jobs after it gave them out, in case they come back."""
+
+    def forget(self, job: Job) -> None:
+        """A job left that got its first tokens here and gets the others elsewhere: it does not come back."""
+        ...
+
+
 class FirstCome:
     """First come, first served: vLLM's default. A preempted job goes to the front."""
 

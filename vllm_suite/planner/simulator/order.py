@@ -107,6 +107,10 @@ class LengthOrder:
             ordered = sorted(self._latencies)
             self._scale = self.strength * ordered[min(len(ordered) - 1, int(_QUANTILE * len(ordered)))]
 
+    def forget(self, job: Job) -> None:
+        """See `Keeper`."""
+        self._known.pop(job.number, None)
+
     def __len__(self) -> int:
         return self._count
 
