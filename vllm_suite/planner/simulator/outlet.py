@@ -103,6 +103,8 @@ class Outlet(SimulatedScheduler):
         self.running.pop(job.number, None)
         self._inside -= 1
         self._left = True
+        if self._reserving is not None:
+            self._reserving.stopped(job)
         if self._learner is not None:
             self._learner.left(job, now)
         elif self._keeper is not None:
