@@ -39,7 +39,7 @@ def simulate_plan(
     Args:
         requests: in order of arrival, with unique numbers; drawn as the clock reaches them.
         sink: called with each finished request.
-        observer: sees every run of steps of every engine; encoders have none.
+        observer: sees every run of steps of every engine, and batches of encoders where it is an `EncodeObserver`.
         switching: engines change their roles by this.
 
     Raises:
