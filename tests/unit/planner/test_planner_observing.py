@@ -35,7 +35,7 @@ class Roles:
 
 def test_batches_of_encoders_are_seen() -> None:
     epd = plan(encode={"count": 2, "max_items": 2}, prefill={}, decode={})
-    timeline, series = Timeline(epd, seconds=100.0), PoolSeries(epd)
+    timeline, series = Timeline(epd, seconds=1000.0), PoolSeries(epd)
     fleet = replace(setting(serving=ALL_DISAGGREGATED), encode_seconds=lambda pool, item: 0.5)
     requests = [Request(n, 1.0, 400, 2, items=(PICTURE,) * 5) for n in range(2)]
     run = simulate_plan(epd, fleet, requests, timeline.served, observer=Both(timeline, series))
