@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_suite.planner.observing import PoolOf
 from vllm_suite.planner.plan import Plan
+from vllm_suite.planner.simulator.encoders import Encoder
 from vllm_suite.planner.simulator.engine import Engine
 from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
@@ -57,6 +58,15 @@ class Timeline:
             {"ph": "C", "name": f"sequences of {role} {engine.number}", "pid": track[0], "ts": start * 1e6,
              "args": {"running": len(engine.running), "waiting": len(engine.waiting)}},
         )  # fmt: skip
+
+    def encoded(self, encoder: Encoder, start: float, end: float, items: int) -> None:
+        """See `EncodeObserver`."""
+        if not self.begin <= start < self.end:
+            return
+        track = (self._roles.index("encode") + 1, encoder.place.number)
+        self._tracks[track] = "encode"
+        self._add({"ph": "X", "cat": "encode", "name": f"encode {items}", "pid": track[0], "tid": track[1],
+                   "ts": start * 1e6, "dur": (end - start) * 1e6, "args": {"items": items}})  # fmt: skip
 
     def served(self, request: Served) -> None:
         """A sink: the request's stages, if it arrived in the stretch."""

@@ -30,8 +30,9 @@ from vllm_suite.planner.models import Parallel
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.fleet import simulate_plan
-from vllm_suite.planner.simulator.handover import Cost, Costs, Links, Place
+from vllm_suite.planner.simulator.handover import Costs, Place
 from vllm_suite.planner.simulator.jobs import SimulationError
+from vllm_suite.planner.simulator.links import Cost, Links
 from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.routing import LeastTokens, Member, PrefixHistory
 from vllm_suite.planner.simulator.served import Served

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 
 import pytest
 from simulated import ExactSource
 
-from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.engine import Engine, Limits
 from vllm_suite.planner.simulator.jobs import FirstCome, Job, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.pool import simulate
@@ -117,3 +119,88 @@ def test_defaults_are_the_plugins() -> None:
     assert (simulated._WINDOW, simulated._EVERY) == (rules._WINDOW, rules._EVERY)
     assert (simulated._QUANTILE, simulated._STEEPNESS) == (rules._SHARE, rules._STEEPNESS)
     assert simulated._MOST == rules._MOST
+
+
+def test_a_prefill_instance_keeps_nothing_of_jobs_that_left() -> None:
+    """Lengths are learned where answers end; where only prompts are computed, places in the queue are forgotten."""
+    clock, order, known = Clock(), LengthOrder("kappa"), list[int]()
+
+    def finished(job: Job, now: float) -> None:
+        engine.release(job.held, now, job)
+        known.append(len(order._known))
+
+    engine = Engine(clock, ExactSource(), Limits(40), finished, waiting=order, prefill_only=True)
+    clock.feed((Job(number, number * 8.0, 64, 2) for number in range(500)), engine.accept)
+    clock.run()
+    assert len(known) == 500
+    assert max(known) < 80
+    assert known[-1] == 0
+
+
+def _admissions(order: WaitingQueue, *, cache: int = 8) -> list[float]:
+    """When three jobs of 32 + 40 tokens begin that come together, with a cache of so many blocks of 16 tokens."""
+    jobs = [Job(number, 0.0, 32, 40, label="x") for number in range(3)]
+    simulate(jobs, ExactSource(), Limits(cache), lambda job, now: None, queue=lambda: order)
+    return [job.first_scheduled for job in jobs]
+
+
+def test_an_admission_leaves_room_for_those_that_run() -> None:
+    # Each prompt takes two blocks. Those that begin in one step do not count yet for one another, so all three do
+    # where nothing has begun before.
+    assert _admissions(LengthOrder()) == [0.0] * 3
+    # With nothing known each has room of 16 tokens; expected 400, a share of 0.1 is 40 tokens, or three blocks.
+    for order, room in ((LengthOrder(), 1), (taught(LengthOrder(), x=400), 3), (LengthOrder(headroom_tokens=0), 0)):
+        order.push(first := Job(9, 0.0, 32, 40, label="x"), 0.0)
+        order.pop(0.0)
+        order.admitted(first)
+        assert -(-order.headroom // 16) == room
+        waits = [begun > 0.0 for begun in _admissions(order, cache=6)]
+        # Nobody runs when the first begins; after it, four blocks are free, and two after the second.
+        assert waits == {0: [False, False, False], 1: [False, False, True], 3: [False, True, True]}[room]
+        order.stopped(first)
+        assert order.headroom == 0
+    # Where nobody runs no room is kept, however small the cache; and a running job has 64 tokens at most.
+    order = taught(LengthOrder(), x=5000)
+    order.push(first, 0.0)
+    order.pop(0.0)
+    order.admitted(first)
+    assert order.headroom == 64
+    assert min(_admissions(order, cache=5)) == 0.0
+
+
+def test_room_is_that_of_what_was_expected_at_arrival_and_of_what_remains_later() -> None:
+    order = taught(LengthOrder(headroom_tokens=1000, headroom_share=0.5), x=100)
+    job = Job(0, 10.0, 10, 100, label="x")
+    order.push(job, 10.0)
+    expected = order.lengths.remaining(("class:x",), 0, 1 << 16)
+    assert expected == pytest.approx(100, rel=0.2)
+    for number in range(400):
+        order.left(Job(-number - 1, 0.0, 10, 1000, label="x"), 11.0)
+    order.admitted(job)
+    assert order.headroom == math.ceil(0.5 * expected)
+    order.stopped(job)
+    # It lost its cache after 10 tokens: what is known by now.
+    job.generated = 10
+    order.admitted(job)
+    assert order.headroom > 300
+    order.left(job, 12.0)
+    order.stopped(job)
+    assert order.headroom == 0
+    assert not order._expected
+
+
+def test_headroom_saves_preemptions() -> None:
+    def preempted(**more: int) -> int:
+        draw, now, jobs = random.Random(0), 0.0, list[Job]()
+        for number in range(120):
+            now += draw.expovariate(0.2)
+            jobs.append(Job(number, now, 40, draw.randint(20, 300), label="x"))
+        queue = LengthOrder(**more)
+        (engine,) = simulate(
+            jobs, ExactSource(), Limits(60, async_scheduling=True), lambda job, now: None, queue=lambda: queue
+        ).engines
+        assert queue.headroom == 0
+        assert not queue._rooms
+        return engine.preemptions
+
+    assert preempted() < 0.7 * preempted(headroom_tokens=0)

@@ -14,7 +14,7 @@ from vllm_suite.planner.models import Model, ModelError, Parallel, Quantization,
 from vllm_suite.planner.sources.base import LatencySource, Outside, SourceError
 from vllm_suite.planner.sources.efficiency import Efficiency
 from vllm_suite.planner.sources.linear import distserve
-from vllm_suite.planner.sources.roofline import RooflineSource
+from vllm_suite.planner.sources.roofline import RooflineSource, _one, _Stage, _undominated
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 
 FREE = {"step_us": 0, "sequence_us": 0, "kernel_us": 0}
@@ -149,6 +149,34 @@ def test_more_ranks_are_faster_and_not_linearly() -> None:
     piped = roofline("meta-llama/Llama-3.1-70B", "8xH200", Parallel(tp=2, pp=4))
     assert piped.step_seconds(steps) == pytest.approx(times[0], rel=0.02)
     assert piped.stage_seconds(steps) < times[0] / 3
+
+
+@pytest.mark.parametrize(("name", "stages"), [("meta-llama/Llama-3.1-8B", 2), ("meta-llama/Llama-3.1-8B", 3)])
+def test_the_slowest_stage_is_the_one_with_most_seconds(name: str, stages: int) -> None:
+    source = roofline(name, "4xH100-SXM", Parallel(pp=stages))
+    deciding = set[int]()
+    for steps in [*mixed(200), Steps.of([(4096, 0)]), Steps.of(contexts=[4000] * 512), Steps.of(contexts=[1])]:
+        rows, sampled = int(steps.tokens), int(steps.sequences)
+        if not rows:
+            continue
+        keys = [sum(_one(cost, steps) for cost in each.attention) for each in source._stages]
+        each = [
+            float(stage.tokens[rows] + stage.sampled[sampled]) + keys[index]
+            for index, stage in enumerate(source._stages)
+        ]
+        assert source.stage_seconds(steps) == pytest.approx(max(each) + source.host_seconds(sampled), rel=1e-14)
+        deciding.add(each.index(max(each)))
+    assert len(deciding) > stages - 2
+
+
+def test_only_a_stage_that_another_is_never_faster_than_is_left_out() -> None:
+    prompts, heads, neither = (
+        _Stage(np.array([0.0, tokens]), np.array([0.0, sampled]), ())
+        for tokens, sampled in ((2.0, 1.0), (1.0, 2.0), (1.0, 1.0))
+    )
+    for stages in ([prompts, heads, neither], [neither, heads, prompts]):
+        ((_, kept),) = _undominated(stages)
+        assert sorted(kept) == [([0.0, 1.0], [0.0, 2.0]), ([0.0, 2.0], [0.0, 1.0])]
 
 
 def test_quantisation_halves_what_it_halves() -> None:

@@ -22,12 +22,15 @@ from vllm_suite.planner.sources.base import FloatArray, LatencySource, Outside, 
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 
 # What is not simulated, off.
-PLAIN = "victims.enabled=false,headroom_tokens=0,groups.enabled=false"
+ROOMY = "victims.enabled=false,groups.enabled=false"
+PLAIN = f"headroom_tokens=0,{ROOMY}"
 ORDERS: dict[str, tuple[str, Callable[[], WaitingQueue]]] = {
     "first come": ("fcfs", FirstCome),
-    "kappa 0.02": (f"ours:rule=kappa,kappa=0.02,{PLAIN}", lambda: LengthOrder("kappa", kappa=0.02)),
-    "kappa 0.1": (f"ours:rule=kappa,kappa=0.1,{PLAIN}", lambda: LengthOrder("kappa", kappa=0.1)),
-    "boost": (f"ours:{PLAIN}", lambda: LengthOrder("boost")),
+    "kappa 0.02": (f"ours:rule=kappa,kappa=0.02,{PLAIN}", lambda: LengthOrder("kappa", kappa=0.02, headroom_tokens=0)),
+    "kappa 0.1": (f"ours:rule=kappa,kappa=0.1,{PLAIN}", lambda: LengthOrder("kappa", kappa=0.1, headroom_tokens=0)),
+    "boost": (f"ours:{PLAIN}", lambda: LengthOrder("boost", headroom_tokens=0)),
+    "kappa 0.1, headroom": (f"ours:rule=kappa,kappa=0.1,{ROOMY}", lambda: LengthOrder("kappa", kappa=0.1)),
+    "boost, headroom": (f"ours:{ROOMY}", lambda: LengthOrder("boost")),
 }
 
 

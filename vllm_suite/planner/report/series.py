@@ -8,6 +8,7 @@ import numpy as np
 
 from vllm_suite.planner.observing import PoolOf
 from vllm_suite.planner.plan import Plan
+from vllm_suite.planner.simulator.encoders import Encoder
 from vllm_suite.planner.simulator.engine import Engine
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 
@@ -36,12 +37,19 @@ class PoolSeries:
         self, engine: Engine, start: float, end: float, count: int, steps: Steps, line: DecodeLine | None
     ) -> None:
         """See `engine.Observer`."""
+        kind, sequences = 0 if steps.prefill_tokens else 1, float(steps.sequences)
+        self._note(self._place[self._pool(engine).role], kind, start, end, sequences)
+
+    def encoded(self, encoder: Encoder, start: float, end: float, items: int) -> None:
+        """See `EncodeObserver`; batches count as prompts, and items as sequences."""
+        self._note(self._place["encode"], 0, start, end, float(items))
+
+    def _note(self, pool: int, kind: int, start: float, end: float, sequences: float) -> None:
         self.end = max(self.end, end)
         while self.end >= self.width * BINS:
             half = self.sums.reshape(*self.sums.shape[:2], BINS // 2, 2).sum(axis=3)
             self.sums[:, :, : BINS // 2], self.sums[:, :, BINS // 2 :], self.width = half, 0, 2 * self.width
-        own = self.sums[self._place[self._pool(engine).role]]
-        kind, sequences = 0 if steps.prefill_tokens else 1, float(steps.sequences)
+        own = self.sums[pool]
         first, last = int(start / self.width), int(end / self.width)
         for place in range(first, last + 1):
             seconds = min(end, (place + 1) * self.width) - max(start, place * self.width)

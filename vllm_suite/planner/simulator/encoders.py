@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
 from vllm_suite.planner.simulator.routing import Member
@@ -50,6 +51,15 @@ class Waiter:
     sources: list[tuple[Encoder, float, Key]] = field(default_factory=list)
 
 
+@runtime_checkable
+class EncodeObserver(Protocol):
+    """An `Observer` that sees batches of encoders too."""
+
+    def encoded(self, encoder: Encoder, start: float, end: float, items: int) -> None:
+        """A batch of so many items and slices ended."""
+        ...
+
+
 @dataclass(eq=False)
 class Encoder(Member):
     """One encode instance: batches of at most `max_items`, first come, first served; its outputs come together.
@@ -65,6 +75,7 @@ class Encoder(Member):
     clock: Clock | None = None
     max_items: int = 1
     ended: Callable[[Encoder, list[Piece], float], None] | None = None
+    observer: EncodeObserver | None = None
     cache: TokenCache = field(default_factory=lambda: TokenCache(0.0, lambda key: None))
     busy: float = 0.0
     steps: int = 0
@@ -74,6 +85,7 @@ class Encoder(Member):
     waited: float = 0.0
     queue: deque[Piece] = field(default_factory=deque)
     batch: list[Piece] = field(default_factory=list)
+    _start: float = 0.0
     _version: int = 0
     _asleep: bool = True
 
@@ -92,7 +104,7 @@ class Encoder(Member):
         if not queue:
             self._asleep = True
             return
-        total = 0.0
+        self._start, total = now, 0.0
         while queue and len(batch) < self.max_items:
             piece = queue.popleft()
             batch.append(piece)
@@ -108,6 +120,8 @@ class Encoder(Member):
         assert self.ended is not None
         batch, self.batch = self.batch, []
         self.encoded += len(batch)
+        if self.observer is not None:
+            self.observer.encoded(self, self._start, now, len(batch))
         self.ended(self, batch, now)
         self._begin(now, version)
 

@@ -10,9 +10,10 @@ from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.counters import FleetRun, PoolRun, encode_run, pool_run
 from vllm_suite.planner.simulator.encoders import Waiter
 from vllm_suite.planner.simulator.engine import Observer
-from vllm_suite.planner.simulator.handover import Costs, Event, Lease, Links
+from vllm_suite.planner.simulator.handover import Costs, Event, Lease
 from vllm_suite.planner.simulator.instances import Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job, SimulationError
+from vllm_suite.planner.simulator.links import Links
 from vllm_suite.planner.simulator.members import Members, Way
 from vllm_suite.planner.simulator.roles import Roles
 from vllm_suite.planner.simulator.routing import Instance, LeastTokens
@@ -38,7 +39,7 @@ def simulate_plan(
     Args:
         requests: in order of arrival, with unique numbers; drawn as the clock reaches them.
         sink: called with each finished request.
-        observer: sees every run of steps of every engine; encoders have none.
+        observer: sees every run of steps of every engine, and batches of encoders where it is an `EncodeObserver`.
         switching: engines change their roles by this.
 
     Raises:
@@ -75,7 +76,7 @@ class _Fleet(Way):
     ) -> None:
         self.setting, self.serving, self.sink = setting, setting.serving, sink
         self.clock = Clock()
-        self.links, self.costs = Links(self.clock), Costs(setting)
+        self.links, self.costs = Links(self.clock, Event.MOVED), Costs(setting)
         self.members = Members(plan, setting, self.clock, self, observer)
         self.roles = Roles(self.members, self.clock, switching, self._more) if switching is not None else None
         self._front: Role = "any" if plan.pool("any") is not None else "decode"

@@ -1,4 +1,4 @@
-"""Hand-overs between instances: what they cost, how they share links, and how long their source is kept."""
+"""Hand-overs between instances: what they cost, and how long their source is kept."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_suite.planner.models.memory import kv_bytes
 from vllm_suite.planner.plan import PoolPlan
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.jobs import Job
+from vllm_suite.planner.simulator.links import Cost
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.sources.transfers import Transfers
 
@@ -26,94 +27,6 @@ class Event(IntEnum):
     LEASE = 5
     TICK = 6
     SWITCHED = 7
-
-
-class Cost(NamedTuple):
-    """Of a transfer: seconds until its first byte, seconds of its bytes at full rate, and bytes."""
-
-    setup: float
-    seconds: float
-    size: float
-
-
-@dataclass(slots=True, eq=False)
-class Move:
-    """A transfer under way, as of `since`.
-
-    Attributes:
-        setup: seconds until its first byte, which nobody shares.
-        left: seconds of its bytes at full rate.
-        share: of the rate.
-    """
-
-    number: int
-    ends: tuple[int, int]
-    setup: float
-    left: float
-    done: Callable[[float], None]
-    since: float
-    share: float = 1.0
-    version: int = 0
-
-
-class Links:
-    """Transfers that share their instances' links.
-
-    Processor sharing: with n transfers at one of its two instances and m at the other, a transfer goes on at the rate
-    of 1 / max(n, m). What one instance leaves unused is not handed to the others of its peer, and an instance's NVLink
-    and its network card are taken for one, so it is never too fast. What a transfer takes before its first byte is its
-    own.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._at: dict[int, dict[int, Move]] = {}
-        self._count = 0
-
-    def start(self, source: int, target: int, cost: Cost, now: float, done: Callable[[float], None]) -> None:
-        """Begin a transfer; `done(time)` follows."""
-        self._count += 1
-        move = Move(self._count, (source, target), cost.setup, cost.seconds, done, now)
-        alone = True
-        for end in move.ends:
-            here = self._at.setdefault(end, {})
-            here[move.number] = move
-            alone = alone and len(here) == 1
-        self._post(move, now)
-        if not alone:
-            self._share(move.ends, now)
-
-    def _share(self, ends: tuple[int, int], now: float) -> None:
-        at = self._at
-        found = {**at[ends[0]], **at[ends[1]]}
-        for move in found.values():
-            share = 1.0 / max(len(at[move.ends[0]]), len(at[move.ends[1]]))
-            if share != move.share:
-                gone = now - move.since
-                begun = max(0.0, gone - move.setup)
-                move.setup, move.left = max(0.0, move.setup - gone), move.left - begun * move.share
-                move.since, move.share = now, share
-                self._post(move, now)
-
-    def _post(self, move: Move, now: float) -> None:
-        move.version += 1
-
-        def ended(then: float, version: int) -> None:
-            if version == move.version:
-                self._end(move, then)
-
-        end = now + move.setup + max(0.0, move.left) / move.share
-        self.clock.post(end, Event.MOVED, move.number, move.version, ended)
-
-    def _end(self, move: Move, now: float) -> None:
-        left = 0
-        for end in move.ends:
-            here = self._at[end]
-            del here[move.number]
-            left += len(here)
-        if left:
-            self._share(move.ends, now)
-        move.done(now)
 
 
 @dataclass(frozen=True)

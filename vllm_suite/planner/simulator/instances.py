@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_suite.planner.plan import PoolPlan
 from vllm_suite.planner.simulator.engine import Engine
-from vllm_suite.planner.simulator.jobs import FirstCome, Job, Learner, WaitingQueue
+from vllm_suite.planner.simulator.jobs import FirstCome, Job, Learner, Reserving, WaitingQueue
 from vllm_suite.planner.simulator.step_sources import OwnEncoder
 from vllm_suite.planner.workload import Item
 
@@ -169,6 +169,8 @@ class Receiving(Hosted):
         """As `Engine`."""
         self.line = HeadOfLine(FirstCome() if waiting is None else waiting)
         super().__init__(*args, waiting=self.line, **more)
+        inner = self.line.inner
+        self._reserving = inner if isinstance(inner, Reserving) else None
 
     def pulled(self, leg: Leg, now: float) -> None:
         """A pull ended."""
@@ -211,6 +213,8 @@ class Receiving(Hosted):
         leg.first_scheduled = now
         self.kept -= leg.reserved
         self.running[leg.number] = leg
+        if self._reserving is not None:
+            self._reserving.admitted(leg)
         tokens = min(budget, leg.target - leg.done)
         self._take(leg, tokens, 0)
         return tokens
@@ -224,7 +228,7 @@ class Receiving(Hosted):
         line, cache, target = self.line, self.cache, leg.prompt + leg.generated
         hit, idle = cache.find(leg, target) if cache is not None else (0, 0)
         blocks = -(-target // self._size) - hit
-        if blocks + idle > available:
+        if blocks + idle + (self._spare if self.running else 0) > available:
             return -1
         line.inner.pop(now)
         leg.remote = False

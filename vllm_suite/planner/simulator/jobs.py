@@ -123,6 +123,34 @@ class Learner(Protocol):
         ...
 
 
+@runtime_checkable
+class Keeper(Protocol):
+    """A waiting queue that remembers jobs after it gave them out, in case they come back."""
+
+    def forget(self, job: Job) -> None:
+        """A job left that got its first tokens here and gets the others elsewhere: it does not come back."""
+        ...
+
+
+@runtime_checkable
+class Reserving(Protocol):
+    """A waiting queue that lets jobs in only where those that run keep room to grow.
+
+    Attributes:
+        headroom: tokens of cache that an admission leaves free while any job runs.
+    """
+
+    headroom: int
+
+    def admitted(self, job: Job) -> None:
+        """A job runs, or does so again. It counts from the next step on."""
+        ...
+
+    def stopped(self, job: Job) -> None:
+        """It ended or was preempted."""
+        ...
+
+
 class FirstCome:
     """First come, first served: vLLM's default. A preempted job goes to the front."""
 

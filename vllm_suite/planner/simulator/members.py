@@ -9,7 +9,7 @@ from itertools import count
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Role
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.encode_stage import EncodeStage
-from vllm_suite.planner.simulator.encoders import Encoder
+from vllm_suite.planner.simulator.encoders import EncodeObserver, Encoder
 from vllm_suite.planner.simulator.engine import Observer
 from vllm_suite.planner.simulator.handover import Lease, Leases, Place
 from vllm_suite.planner.simulator.instances import Hosted, Leg, Receiving
@@ -94,6 +94,7 @@ class Members:
                 clock=self.clock,
                 max_items=pool.max_items,
                 ended=self.stage.ended,
+                observer=self.observer if isinstance(self.observer, EncodeObserver) else None,
                 cache=TokenCache(self.setting.serving.encode_pool_bytes, self.stage.dropped),
             )
             self.encoders.append(encoder)

@@ -2,8 +2,8 @@
 
 ``key = arrival + offset(S)``, the smallest first, with ``S`` the expected output and the prompt at a weight; see
 docs/length-aware-scheduling.md. Lengths are learned online from the jobs that end, by label and length of the prompt. A
-key is fixed when a job arrives and falls as more is learned. The plugin's groups, caps, headroom, victims and gate are
-not simulated, nor is a kappa that adapts.
+key is fixed when a job arrives and falls as more is learned. An admission leaves headroom for those that run. The
+plugin's groups, caps, victims and gate are not simulated, nor is a kappa that adapts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _RELEARN_EVERY, _RELEARN_S, _SHARE = 32, 1.0, 4
 # The boost: jobs that its scales look back on, how often, which share of latencies, its shape.
 _WINDOW, _EVERY, _QUANTILE = 256, 16, 0.95
 _STEEPNESS, _MOST = 0.5, 2.0
+# Tokens of headroom for a running job of which nothing is known.
+_UNKNOWN_ROOM = 16
 
 
 class LengthOrder:
@@ -34,6 +36,8 @@ class LengthOrder:
         max_boost_s: nobody goes forward by more.
         prefill_weight: size of a prompt token in generated ones.
         max_tokens: that an answer may have.
+        headroom_tokens, headroom_share: an admission leaves so much of the cache free for each running job: the share
+            of the tokens that it is expected to generate, at most so many; 16 where nothing is known.
         lengths: what is known; each engine of vLLM learns by itself.
 
     Raises:
@@ -49,13 +53,21 @@ class LengthOrder:
         max_boost_s: float = 300.0,
         prefill_weight: float = 0.2,
         max_tokens: int = 1 << 16,
+        headroom_tokens: int = 64,
+        headroom_share: float = 0.1,
         lengths: OnlineLengths | None = None,
     ) -> None:
-        if rule not in ("boost", "kappa") or min(kappa, strength, max_boost_s, prefill_weight) < 0:
+        numbers = (kappa, strength, max_boost_s, prefill_weight, headroom_tokens, headroom_share)
+        if rule not in ("boost", "kappa") or min(numbers) < 0:
             raise SimulationError(f"length order: rule {rule!r} is boost or kappa, and its numbers are at least 0")
         self.rule, self.kappa, self.strength, self.max_boost_s = rule, kappa, strength, max_boost_s
         self.prefill_weight, self.max_tokens = prefill_weight, max_tokens
+        self.headroom_tokens, self.headroom_share = headroom_tokens, headroom_share
         self.lengths = OnlineLengths() if lengths is None else lengths
+        # See `Reserving`: what all running jobs have, each of them, and what was expected of a job when it arrived.
+        self.headroom = 0
+        self._rooms: dict[int, int] = {}
+        self._expected: dict[int, float] = {}
         # (key, number of arrival, job)
         self._heap: list[tuple[float, int, Job]] = []
         self._sequence = self._count = 0
@@ -71,6 +83,8 @@ class LengthOrder:
         self._sequence += 1
         key, size = self._place(job, {})
         self._known[job.number] = key, self._sequence
+        if size > 0 and self.headroom_tokens:
+            self._expected[job.number] = size - self._own(job)
         if size > 0:
             self._sizes.append(size)
             self._came += 1
@@ -98,7 +112,7 @@ class LengthOrder:
 
     def left(self, job: Job, now: float) -> None:
         """See `Learner`."""
-        self._known.pop(job.number, None)
+        self.forget(job)
         self.lengths.observe(_keys(job), job.output, now=now)
         self._learned += 1
         self._latencies.append(now - job.arrival)
@@ -106,6 +120,29 @@ class LengthOrder:
         if self._ended % _EVERY == 0:
             ordered = sorted(self._latencies)
             self._scale = self.strength * ordered[min(len(ordered) - 1, int(_QUANTILE * len(ordered)))]
+
+    def forget(self, job: Job) -> None:
+        """See `Keeper`."""
+        self._known.pop(job.number, None)
+        self._expected.pop(job.number, None)
+
+    def admitted(self, job: Job) -> None:
+        """See `Reserving`."""
+        if not self.headroom_tokens:
+            return
+        rest = None if job.generated else self._expected.get(job.number)
+        if rest is None:
+            rest = self.lengths.remaining(_keys(job), job.generated, self.max_tokens)
+        if rest is None:
+            room = min(_UNKNOWN_ROOM, self.max_tokens - job.generated)
+        else:
+            room = math.ceil(self.headroom_share * rest)
+        self._rooms[job.number] = room = max(min(self.headroom_tokens, room), 1)
+        self.headroom += room
+
+    def stopped(self, job: Job) -> None:
+        """See `Reserving`."""
+        self.headroom -= self._rooms.pop(job.number, 0)
 
     def __len__(self) -> int:
         return self._count
@@ -124,8 +161,12 @@ class LengthOrder:
                 alike[keys] = remaining
         else:
             remaining = alike[keys]
-        size = 0.0 if remaining is None else remaining + self.prefill_weight * (job.prompt - job.cached)
+        size = 0.0 if remaining is None else remaining + self._own(job)
         return job.arrival + self._offset(size), size
+
+    def _own(self, job: Job) -> float:
+        """The part of a size that its prompt is."""
+        return self.prefill_weight * (job.prompt - job.cached)
 
     def _offset(self, size: float) -> float:
         if self.rule == "kappa":

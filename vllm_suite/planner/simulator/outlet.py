@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm_suite.planner.simulator.jobs import Job, Learner, SimulationError, WaitingQueue
+from vllm_suite.planner.simulator.jobs import Job, Keeper, Learner, SimulationError, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
 from vllm_suite.planner.simulator.scheduler import SimulatedScheduler
 
@@ -33,6 +33,7 @@ class Outlet(SimulatedScheduler):
         super().__init__(limits, waiting, prefill_only=prefill_only)
         self.finished, self.number = finished, number
         self._learner = self.waiting if isinstance(self.waiting, Learner) and not prefill_only else None
+        self._keeper = self.waiting if isinstance(self.waiting, Keeper) and prefill_only else None
         # Jobs that left with blocks still to be fetched, by number, with prefix caching.
         self._holding: dict[int, tuple[Job, int]] = {}
         # Jobs that were accepted and have not left; and whether one left since the last batch was scheduled.
@@ -102,6 +103,10 @@ class Outlet(SimulatedScheduler):
         self.running.pop(job.number, None)
         self._inside -= 1
         self._left = True
+        if self._reserving is not None:
+            self._reserving.stopped(job)
         if self._learner is not None:
             self._learner.left(job, now)
+        elif self._keeper is not None:
+            self._keeper.forget(job)
         self.finished(job, now)

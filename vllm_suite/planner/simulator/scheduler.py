@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_suite.planner.simulator.decoding import Decoding
-from vllm_suite.planner.simulator.jobs import FirstCome, Job, WaitingQueue
+from vllm_suite.planner.simulator.jobs import FirstCome, Job, Reserving, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
 from vllm_suite.planner.simulator.prefix import PrefixCache
 
@@ -40,6 +40,9 @@ class SimulatedScheduler:
         self.free, self.kept, self.preemptions = limits.blocks, 0, 0
         self.cache = PrefixCache(limits.blocks, limits.block_size) if limits.prefix_caching else None
         self._admitted = 0
+        # Who says how much an admission leaves free, and blocks that those of this step do.
+        self._reserving = self.waiting if isinstance(self.waiting, Reserving) and not prefill_only else None
+        self._spare = 0
         # The job whose prompt did not fit into the budget. There is at most one, and it is the last of the running: it
         # took up the budget, and does so in the following steps, so nobody is admitted after it.
         self._partial: Job | None = None
@@ -72,13 +75,15 @@ class SimulatedScheduler:
                 available -= blocks
                 budget -= tokens
         if not preempted and budget > 0 and len(self.waiting):
+            if self._reserving is not None:
+                self._spare = -(-self._reserving.headroom // limits.block_size)
             self._admit(now, budget, available)
         return preempted
 
     def _admit(self, now: float, budget: int, available: int) -> None:
         """Let waiting jobs in."""
         limits, waiting, running, cache = self.limits, self.waiting, self.running, self.cache
-        size = limits.block_size
+        size, spare = limits.block_size, self._spare
         passed: list[Job] = []
         while budget > 0 and len(waiting) and len(running) < limits.max_num_seqs:
             job = waiting.peek(now)
@@ -94,7 +99,8 @@ class SimulatedScheduler:
                 done = max(done, hit * size)
             tokens = min(budget, target - done)
             blocks = -(-(done + tokens) // size) - hit
-            if (-(-target // size) - hit if limits.reserve_full_isl else blocks) + idle > available:
+            needed = (-(-target // size) - hit if limits.reserve_full_isl else blocks) + idle
+            if needed > available or (spare and running and needed + spare > available):
                 break
             waiting.pop(now)
             job.target, job.done, job.held = target, done, hit
@@ -103,6 +109,8 @@ class SimulatedScheduler:
                 job.first_scheduled = now
                 job.found = hit * size
             running[job.number] = job
+            if self._reserving is not None:
+                self._reserving.admitted(job)
             if cache is not None:
                 cache.adopt(job)
                 self.free -= idle
@@ -178,6 +186,8 @@ class SimulatedScheduler:
     def _evict(self, job: Job, now: float) -> int:
         """Take a running job's cache away and send it to the queue; how many blocks that freed."""
         del self.running[job.number]
+        if self._reserving is not None:
+            self._reserving.stopped(job)
         requeue = True
         if job.finish >= 0:
             cohort = job.cohort

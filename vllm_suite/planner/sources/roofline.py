@@ -69,6 +69,7 @@ class RooflineSource(LatencySource):
         self._attention = _merged(per_stage)
         # Plain lists answer a single query an order of magnitude faster than arrays.
         self._token_list, self._sampled_list = self._tokens.tolist(), self._sampled.tolist()
+        self._slowest = _undominated(per_stage)
         self._fixed = self.efficiency.step_us * 1e-6
         self._per_sequence = self.efficiency.sequence_us * 1e-6
 
@@ -126,14 +127,27 @@ class RooflineSource(LatencySource):
 
     def stage_seconds(self, steps: Steps) -> float:
         """See `LatencySource`."""
-        if self.stages == 1 or not steps.tokens:
+        prompts, chunks, decodes = steps[0], steps[1], steps[4]
+        if self.stages == 1 or not prompts + decodes:
             return self.step_seconds(steps)
-        count = int(min(steps.tokens, self.max_tokens))
-        sequences = int(min(steps.sequences, self.max_sequences))
-        slowest = max(
-            float(each.tokens[count] + each.sampled[sequences]) + sum(_one(cost, steps) for cost in each.attention)
-            for each in self._stages
-        )
+        count, sequences = int(prompts + decodes), int(chunks + decodes)
+        if count > self.max_tokens:
+            count = self.max_tokens
+        if sequences > self.max_sequences:
+            sequences = self.max_sequences
+        slowest = 0.0
+        for attention, rows in self._slowest:
+            seconds = 0.0
+            for tokens, sampled in rows:
+                own = tokens[count] + sampled[sequences]
+                if own > seconds:
+                    seconds = own
+            keys = 0.0
+            for cost in attention:
+                keys += _one(cost, steps)
+            seconds += keys
+            if seconds > slowest:
+                slowest = seconds
         return slowest + self._fixed + self._per_sequence * sequences
 
     def host_seconds(self, sequences: int) -> float:
@@ -168,6 +182,25 @@ class RooflineSource(LatencySource):
         if self.model.encoder is None:
             raise SourceError(f"{self.model.name} has no encoder")
         return cost.tokens * self.model.encoder.output_values * self.quant.activation_bytes
+
+
+def _undominated(
+    per_stage: list[_Stage],
+) -> tuple[tuple[tuple[AttentionCost, ...], list[tuple[list[float], list[float]]]], ...]:
+    """Stages by their attention, each with its seconds by rows, without those that another is never faster than."""
+    found: dict[tuple[AttentionCost, ...], list[_Stage]] = {}
+    for stage in per_stage:
+        alike = found.setdefault(stage.attention, [])
+        if not any(_covers(other, stage) for other in alike):
+            alike[:] = [other for other in alike if not _covers(stage, other)] + [stage]
+    return tuple(
+        (attention, [(each.tokens.tolist(), each.sampled.tolist()) for each in alike])
+        for attention, alike in found.items()
+    )
+
+
+def _covers(slow: _Stage, fast: _Stage) -> bool:
+    return bool((slow.tokens >= fast.tokens).all() and (slow.sampled >= fast.sampled).all())
 
 
 def _one(cost: AttentionCost, steps: Steps) -> float:
