@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +34,7 @@ def plan(args: argparse.Namespace) -> int:
         writable(args)
         case = question(args)
         space = space_of(case)
-        seconds = duration("--time-limit", args.time_limit)
-        effort = Effort(processes=args.processes, seconds=seconds)
+        effort, deadline = timed(args)
         if args.method == "exhaustive":
             effort = replace(effort, patience=None, refine=None)
         sample = case.sample()
@@ -49,7 +49,7 @@ def plan(args: argparse.Namespace) -> int:
         sys.stdout.write(no_plan(case, result, why))
         _write_json(args.json, case, result, None, why)
         return 1
-    found = study(case, result, sample, args.processes)
+    found = study(case, result, sample, args.processes, deadline)
     text = report(case, result, found)
     sys.stdout.write(text)
     short = missed(case, result.best)
@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> int:
         from vllm_suite.planner.report.pictures import PictureError
 
         try:
-            write_html(args.html, case, result, found, sample, text, trace=args.timeline)
+            write_html(args.html, case, result, found, sample, text, trace=args.timeline, deadline=deadline)
         except PictureError as error:
             print(f"vllm-suite plan: {args.html}: {error}", file=sys.stderr)
             return 2
@@ -82,11 +82,23 @@ def plan(args: argparse.Namespace) -> int:
     return 1 if short else 0
 
 
+FOR_SEARCH = 0.75
+"""Share of a time limit that the search may take; the rest is for the report's simulations."""
+
+
+def timed(args: argparse.Namespace) -> tuple[Effort, float | None]:
+    """The effort of a search, and the time of `time.monotonic` at which everything is to be done."""
+    seconds = duration("--time-limit", args.time_limit)
+    if seconds is None:
+        return Effort(processes=args.processes), None
+    return Effort(processes=args.processes, seconds=FOR_SEARCH * seconds), time.monotonic() + seconds
+
+
 def _watch(args: argparse.Namespace, case: Case, running: Plan) -> int:
     """Watch the fleet that runs a plan; a new one is written where the first one was."""
     from vllm_suite.planner.report.watching import watch_fleet
 
-    effort = Effort(processes=args.processes, seconds=duration("--time-limit", args.time_limit))
+    effort, _ = timed(args)
 
     def again(now: Case) -> SearchResult:
         space, sample = space_of(now), now.sample()
