@@ -272,7 +272,7 @@ def test_cost_is_the_fewest_accelerators_that_hold_the_rate(eight):
 def test_patience_leaves_the_unlikely_rest(eight):
     formula = Formula(eight.bounds)
     found = search(eight.space, eight.listed, formula, eight.objective, effort=Effort(patience=4, processes=1))
-    assert found.left > 100
+    assert found.left > 50
     assert found.simulated < 40
     # Settings are varied for the best plans alone.
     varied = {each.candidate.group for each in found.found if each.candidate.level == 1}

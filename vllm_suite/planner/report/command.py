@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_suite import __version__
-from vllm_suite.planner.plan import Plan
+from vllm_suite.planner.plan import Plan, PlanError
 from vllm_suite.planner.report.fleet import fleet_of, fleet_text
 from vllm_suite.planner.report.progress import Bar
 from vllm_suite.planner.report.question import InputError, duration, question
@@ -137,7 +137,11 @@ def listing(
     case: Case, space: Space, sample: list[Request], placement: str | None, processes: int | None
 ) -> list[Candidate]:
     """The candidates, or DistServe's plan beside the colocated ones. Raises PlanError."""
-    listed = candidates(space, case.bounds(sample))
+    try:
+        listed = candidates(space, case.bounds(sample))
+    except PlanError as error:
+        reasons = "".join(f"\n  {reason}" for reason in list(case.sources.unknown)[:5])
+        raise PlanError(f"{error}{reasons and f'; source {case.source} lacks:{reasons}'}") from error
     if placement is None:
         return listed
     from vllm_suite.planner.search.placement import placed_by

@@ -170,18 +170,18 @@ def source_maker(text: str, cluster: Cluster, *, host_us: float = 0.0) -> Make:
     """What ``--source`` names.
 
     Args:
-        host_us: of the host in every step, which the tables of `aic` do not have; of no other source.
+        host_us: of the host in every step, which `aic` and `tables` do not have.
 
     Raises:
         SourceError: no such source, or one without the path that it needs; while it is asked: what it does not know.
     """
     kind, _, path = text.partition("=")
-    if host_us and kind != "aic":
-        raise SourceError(f"a host time is for --source aic; {kind} has its own")
+    if host_us and kind not in ("aic", "tables"):
+        raise SourceError(f"a host time is for aic and tables; {kind} has its own")
     if kind == "roofline" and not path:
         return lambda model, quant, parallel: RooflineSource(model, quant, parallel, cluster)
     if kind == "tables" and path:
-        return _tables(Path(path), cluster)
+        return _tables(Path(path), cluster, host_us)
     if kind == "aic":
         return _aic(path, cluster, host_us)
     if kind == "calibrated" and path:
@@ -197,14 +197,29 @@ def encoder_maker(text: str, cluster: Cluster, *, host_us: float = 0.0) -> Encod
     return lambda model, quant, parallel: RooflineSource(model, quant, parallel, cluster, max_tokens=16)
 
 
-def _tables(folder: Path, cluster: Cluster) -> Make:
+def _tables(folder: Path, cluster: Cluster, host_us: float) -> Make:
     from vllm_suite.planner.hardware.collectives import Collectives
     from vllm_suite.planner.sources.tables import TableSource
 
     if not folder.is_dir():
         raise SourceError(f"tables: no folder {folder}")
     collectives = Collectives(cluster)
-    return lambda model, quant, parallel: TableSource(folder, model, parallel, collectives=collectives)
+    return lambda model, quant, parallel: TableSource(
+        profile(folder, model, quant), model, parallel, collectives=collectives, step_us=host_us
+    )
+
+
+def profile(folder: Path, model: Model, quant: Quantization) -> Path:
+    """Where the tables of a model are: the folder itself, or ``MODEL/FORMAT`` in the folder of a device.
+
+    Raises:
+        SourceError: neither has a ``meta.yaml``.
+    """
+    inside = folder / model.name / quant.weights
+    found = next((each for each in (folder, inside) if (each / "meta.yaml").is_file()), None)
+    if found is None:
+        raise SourceError(f"tables: no meta.yaml in {folder}, and none in {inside}")
+    return found
 
 
 def _aic(
