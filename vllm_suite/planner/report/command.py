@@ -22,6 +22,7 @@ from vllm_suite.planner.report.text import no_plan, report
 from vllm_suite.planner.report.why import Impossible, impossible
 from vllm_suite.planner.search.candidates import Candidate, candidates
 from vllm_suite.planner.search.case import Case
+from vllm_suite.planner.search.schemes import scheme_candidates
 from vllm_suite.planner.search.search import Effort, Found, SearchResult, search
 from vllm_suite.planner.search.space import Space, room
 from vllm_suite.planner.search.state import State
@@ -38,9 +39,10 @@ def plan(args: argparse.Namespace) -> int:
         if args.method == "exhaustive":
             effort = replace(effort, patience=None, refine=None)
         sample = case.sample()
-        listed = listing(case, space, sample, args.placement, args.processes)
+        listed, note = listing(case, space, sample, args.placement, args.processes)
         with State(args.state, case.key(space)) as state:
             result = found_by(args.method, case, space, listed, sample, effort, state)
+        result.note = note
     except InputError.KINDS as error:
         print(f"vllm-suite plan: {error}", file=sys.stderr)
         return 2
@@ -102,7 +104,7 @@ def _watch(args: argparse.Namespace, case: Case, running: Plan) -> int:
 
     def again(now: Case) -> SearchResult:
         space, sample = space_of(now), now.sample()
-        listed = listing(now, space, sample, None, args.processes)
+        listed, _ = listing(now, space, sample, None, args.processes)
         with State(None, now.key(space)) as state:
             return found_by(args.method, now, space, listed, sample, effort, state)
 
@@ -135,19 +137,27 @@ def space_of(case: Case) -> Space:
 
 def listing(
     case: Case, space: Space, sample: list[Request], placement: str | None, processes: int | None
-) -> list[Candidate]:
-    """The candidates, or DistServe's plan beside the colocated ones. Raises PlanError."""
+) -> tuple[list[Candidate], str]:
+    """The candidates, APEX's, or DistServe's plan beside the colocated ones; and what is to be said of them.
+
+    Raises:
+        PlanError: there are none.
+    """
+    if case.choices.apex:
+        if placement is not None:
+            raise PlanError("--placement is for plans with prefill and decode; --space schemes=apex has none")
+        return scheme_candidates(space, case.bounds(sample))
     try:
         listed = candidates(space, case.bounds(sample))
     except PlanError as error:
         reasons = "".join(f"\n  {reason}" for reason in list(case.sources.unknown)[:5])
         raise PlanError(f"{error}{reasons and f'; source {case.source} lacks:{reasons}'}") from error
     if placement is None:
-        return listed
+        return listed, ""
     from vllm_suite.planner.search.placement import placed_by
 
     chosen = placed_by(placement, case, space, sample)
-    return [chosen, *(each for each in listed if each.kind == "any")]
+    return [chosen, *(each for each in listed if each.kind == "any")], ""
 
 
 def found_by(

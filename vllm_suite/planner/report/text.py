@@ -243,6 +243,8 @@ def _searched(result: SearchResult) -> Iterator[str]:
     if result.left:
         parts.append(f"{result.left} not looked at, less likely by their estimates")
     yield "Searched: " + ", ".join(parts)
+    if result.note:
+        yield f"Of {result.note}."
     if result.stopped:
         yield f"Stopped early ({result.stopped}): the best so far."
 

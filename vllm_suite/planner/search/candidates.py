@@ -72,8 +72,13 @@ def candidates(space: Space, bounds: Bounds) -> list[Candidate]:
                 for counts in space.counts(shape) if every else balanced(space, bounds, shape):
                     plan = Plan(tuple(replace(each, count=n) for each, n in zip(shape, counts, strict=True)))
                     found.append(Candidate(plan, kind, 0, bounds.plan(plan)))
+    return ordered(found)
+
+
+def ordered(found: list[Candidate]) -> list[Candidate]:
+    """By level, and in each the likely best first."""
     # Sorts are stable: of equal estimates the plan with fewer pools, smaller engines and usual settings stays first.
-    found.sort(key=lambda each: -each.bound.estimate)
+    found = sorted(found, key=lambda each: -each.bound.estimate)
     seen: set[Group] = set()
     for index, each in enumerate(found):
         if each.group in seen:

@@ -59,6 +59,7 @@ class SearchResult:
         space: plans that there are, `bounded`: how many the bounds ruled out, `simulated`: how many were simulated,
             `trials`: simulations.
         left: plans that were not looked at, because time ran out or because none of many others was better.
+        note: what a reader is to know of the list of plans.
         stopped: why it ended before all was looked at; None where it was.
     """
 
@@ -69,6 +70,7 @@ class SearchResult:
     simulated: int = 0
     trials: int = 0
     left: int = 0
+    note: str = ""
     stopped: str | None = None
 
     @property

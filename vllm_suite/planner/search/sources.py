@@ -20,6 +20,7 @@ from vllm_suite.planner.sources.steps import DecodeLine, Steps
 from vllm_suite.planner.workload import Item
 
 if TYPE_CHECKING:
+    from vllm_suite.planner.sources.calibrated import CalibratedSource
     from vllm_suite.planner.sources.aic import AicSource
 
 class Tower(Protocol):
@@ -238,9 +239,7 @@ def _calibrated(path: Path, cluster: Cluster) -> Make:
     from vllm_suite.planner.sources.base import Outside
     from vllm_suite.planner.sources.calibrated import CalibratedSource
 
-    if not path.is_file():
-        raise SourceError(f"calibrated: no file {path}; write it with vllm-suite calibrate")
-    found = CalibratedSource.load(path)
+    found = _calibration(path)
     engine = found.calibration.engine
     sizes = [int(engine.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "pipeline", "data")]
 
@@ -251,6 +250,26 @@ def _calibrated(path: Path, cluster: Cluster) -> Make:
         return CalibratedSource(found.calibration, outside=Outside("clamp"))
 
     return make
+
+
+def measured(text: str) -> dict[str, Any]:
+    """Settings of the engine that a ``calibrated`` source was measured on; none of another source.
+
+    Raises:
+        SourceError: the file is missing or not one.
+    """
+    kind, _, path = text.partition("=")
+    if kind != "calibrated" or not path:
+        return {}
+    return dict(_calibration(Path(path)).calibration.facts)
+
+
+def _calibration(path: Path) -> CalibratedSource:
+    from vllm_suite.planner.sources.calibrated import CalibratedSource
+
+    if not path.is_file():
+        raise SourceError(f"calibrated: no file {path}; write it with vllm-suite calibrate")
+    return CalibratedSource.load(path)
 
 
 @cache
