@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", default="roofline", metavar="S", help="roofline, tables=FOLDER, aic or calibrated=FILE"
     )
     group.add_argument(
-        "--host-time", metavar="TIME", help="of the host in every step, for aic and tables, which lack it; for example 4331us"
+        "--host-time",
+        metavar="TIME",
+        help="of the host in each step, for aic and tables, which lack it: 4331us",
     )
     group = parser.add_argument_group("the search")
     group.add_argument(

@@ -1,9 +1,10 @@
-"""Searches of large fleets: equal parts first, the others near the best of them, and figures of the whole from a part."""
+"""Searches of large fleets: equal parts first, the others near the best of them; figures of the whole from a part."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from vllm_suite.planner.report.question import question
 from vllm_suite.planner.search.assess import Task, assess
 from vllm_suite.planner.search.candidates import UNEVEN
 from vllm_suite.planner.search.case import What
-from vllm_suite.planner.search.search import Effort, search
+from vllm_suite.planner.search.search import ROUND, Effort, search
 from vllm_suite.planner.search.simulated import PART, part, parts
 from vllm_suite.planner.search.trial import Trial, Until
 
@@ -58,21 +59,27 @@ def test_where_every_fleet_is_uneven_none_is_left_for_later():
 def test_uneven_fleets_are_simulated_with_the_engines_of_the_best_alone(large):
     own, space, listed = large
 
-    def holds(plan: Plan, rate: float, until: Until = "end") -> Trial:
-        # Best is nine prefill engines to seven decode engines, which no fleet of equal parts has here.
-        prefill, decode = plan.pools
-        highest = 100 - abs(prefill.gpus / plan.gpus - 9 / 16) * 100 - 5 * (prefill.parallel.tp > 1)
-        return Trial(rate, 1.0, 1.0, 1.0, rate <= highest)
+    uneven = [each for each in listed if each.level == UNEVEN]
+    # Not of the shape that is the likeliest by the estimates.
+    best = next(each for each in uneven if each.shape != uneven[0].shape)
 
-    found = search(space, listed, holds, own.objective(), effort=Effort(bounds=False, processes=1))
+    def holds(plan: Plan, rate: float, until: Until = "end") -> Trial:
+        alike = [replace(pool, count=1, ranks=()) for pool in plan.pools] == list(best.shape)
+        same = alike and [pool.count for pool in plan.pools] == [pool.count for pool in best.plan.pools]
+        return Trial(rate, 1.0, 1.0, 1.0, rate <= (104 if same else 100 if alike else 50))
+
+    found = search(space, listed, holds, own.objective(), effort=Effort(bounds=False, processes=1, refine=1))
     late = [each for each in found.found if each.candidate.level == UNEVEN]
-    before = sorted((each for each in found.found if each.candidate.level < UNEVEN), key=lambda each: -each.value)
-    shapes = {each.candidate.shape for each in before[:3]}
+    before = [each for each in found.found if each.candidate.level < UNEVEN]
+    before.sort(key=lambda each: (-each.value, -each.candidate.bound.estimate))
+    assert before[0].candidate.shape == best.shape
+    assert found.best is not None
+    assert found.best.candidate.plan == best.plan
     assert late
-    assert {each.candidate.shape for each in late} <= shapes
+    assert {each.candidate.shape for each in late} == {best.shape}
     assert found.simulated < 100 < found.left
-    # They get a quarter of the patience: few in a row are looked at in vain.
-    assert len(late) <= 4 + sum(len(each.assessed.trials) > 1 for each in late) * 4
+    # They get a quarter of the patience, which is asked for before each round.
+    assert len(late) <= Effort().patience // 4 + ROUND + 1
 
 
 def test_the_figures_of_a_fleet_are_those_of_its_parts_together():
@@ -105,4 +112,4 @@ def test_who_beats_another_plan_is_looked_for_nearby_first():
     # Far off it still arrives, in growing steps.
     far = assess(Task(Plan((PoolPlan("any", 1),)), start=300.0, floor=10.0), holds)
     assert math.isclose(far.goodput or 0.0, 105.0, rel_tol=0.02)
-    assert len(rates) < 14
+    assert len(rates) < 16

@@ -62,13 +62,13 @@ def write_html(
                 timeline.write(trace)
     assert series is not None
     best = found.best.found
+    curves = {name: _curve(case, plan, best.goodput, sample, deadline) for name, plan in plans.items()}
     sections = [
         Section("Report", text=text),
         Section("Plans", svg=pictures.svg(pictures.pareto(_marks(result, found), "goodput (requests/s)",
                 "mean latency (s)")), caption=f"Latency at {found.rate:.4g} requests/s."),
         Section("Share of requests within the targets", svg=pictures.svg(pictures.attainment(
-                {name: curve for name, plan in plans.items() if (curve := _curve(case, plan, best.goodput, sample, deadline))},
-                case.slo.attainment)), caption=f"Bands are 95 % intervals.{_cut(deadline)}"),
+                {name: curve for name, curve in curves.items() if curve}, case.slo.attainment)), caption=f"Bands are 95 % intervals.{_cut(deadline)}"),
         Section("Times of requests", svg=pictures.svg(pictures.distributions(collectors, case.slo)),
                 caption=f"At {found.rate:.4g} requests/s."),
         Section("Pools over time", svg=pictures.svg(pictures.pools(series)),

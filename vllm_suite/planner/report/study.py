@@ -186,7 +186,7 @@ def _outside(case: Case, plan: Plan, rate: float, sample: list[Request]) -> dict
 
 @dataclass(frozen=True)
 class _Run:
-    """What a worker does: a simulation, or for a factor of the source's times the highest rate, or one of the others."""
+    """What a worker does: a simulation; for a factor of the source's times the highest rate; or one of the others."""
 
     case: Case
     sample: list[Request]

@@ -153,7 +153,7 @@ class Case:
 
 
 def of_all(outcome: Outcome, times: int) -> Outcome:
-    """The figures of a fleet of so many equal parts, from those of one; `requests` and `counted` stay those simulated."""
+    """The figures of a fleet of so many equal parts, from those of one; `requests` and `counted` are of that one."""
     if times == 1:
         return outcome
     pools = {

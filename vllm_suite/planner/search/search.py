@@ -215,8 +215,8 @@ class _Search:
         return most > best.value * SLACK if best.value > 0 else most > best.value
 
     def _refined(self, candidate: Candidate) -> bool:
-        """Whether it varies the settings of one of the best plans, or its numbers of engines. Those of the levels before
-        are all decided by then.
+        """Whether it varies the settings of one of the best plans, or its numbers of engines. Those of the levels
+        before are all decided by then.
         """
         if self.effort.refine is None:
             return True

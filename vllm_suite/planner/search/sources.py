@@ -20,8 +20,9 @@ from vllm_suite.planner.sources.steps import DecodeLine, Steps
 from vllm_suite.planner.workload import Item
 
 if TYPE_CHECKING:
-    from vllm_suite.planner.sources.calibrated import CalibratedSource
     from vllm_suite.planner.sources.aic import AicSource
+    from vllm_suite.planner.sources.calibrated import CalibratedSource
+
 
 class Tower(Protocol):
     """What knows the seconds of items on an encoder: a source."""
