@@ -68,7 +68,8 @@ def write_html(
         Section("Plans", svg=pictures.svg(pictures.pareto(_marks(result, found), "goodput (requests/s)",
                 "mean latency (s)")), caption=f"Latency at {found.rate:.4g} requests/s."),
         Section("Share of requests within the targets", svg=pictures.svg(pictures.attainment(
-                {name: curve for name, curve in curves.items() if curve}, case.slo.attainment)), caption=f"Bands are 95 % intervals.{_cut(deadline)}"),
+                {name: curve for name, curve in curves.items() if curve}, case.slo.attainment)),
+                caption=f"Bands are 95 % intervals.{_cut(deadline)}"),
         Section("Times of requests", svg=pictures.svg(pictures.distributions(collectors, case.slo)),
                 caption=f"At {found.rate:.4g} requests/s."),
         Section("Pools over time", svg=pictures.svg(pictures.pools(series)),
