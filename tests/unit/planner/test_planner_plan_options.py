@@ -15,9 +15,11 @@ from vllm_suite.cli.plan import add_arguments
 from vllm_suite.fleet.files import load_fleet
 from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.models import Parallel, load
-from vllm_suite.planner.plan import PlanError, PoolPlan
+from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
+from vllm_suite.planner.report import question as asking
 from vllm_suite.planner.report import study as studying
 from vllm_suite.planner.report.command import FOR_SEARCH, found_by, listing, space_of, timed
+from vllm_suite.planner.report.fleet import fleet_of
 from vllm_suite.planner.report.question import question
 from vllm_suite.planner.report.text import report
 from vllm_suite.planner.search.case import What
@@ -188,6 +190,25 @@ def test_aic_has_its_own_encoders():
         times.append(own.encode(PoolPlan("encode", 1), item))
     assert times[0] != times[1]
     assert times[2] - times[1] == pytest.approx(4331e-6)
+
+
+def test_a_calibrated_engine_is_planned_with_as_it_was_measured(monkeypatch):
+    facts = {"block_size": 128, "blocks": 64, "max_model_len": 2048, "max_num_seqs": 16, "max_num_batched_tokens": 512,
+             "async_scheduling": False}  # fmt: skip
+    monkeypatch.setattr(asking, "measured", lambda source: facts)
+    words = [word for word in SMALL if not word.startswith(("seqs", "tokens"))]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    case = question(parser.parse_args(words))
+    assert (case.setting.block_size, case.setting.async_scheduling, case.longest) == (128, False, 2048)
+    engines = space_of(case).engines("any")
+    assert {(pool.max_num_seqs, pool.max_num_batched_tokens, pool.kv_blocks) for pool in engines} == {(16, 512, 64)}
+    limits = case.setting.limits(engines[0])
+    assert (limits.blocks, limits.block_size) == (64, 128)
+    spec = fleet_of(Plan((engines[0],)), case.setting, case.slo, model="m", longest=case.longest)
+    assert spec.pools.any.engine.args == ("--num-gpu-blocks-override", "64")
+    # What is named in the space is taken as it is.
+    assert {pool.max_num_seqs for pool in space_of(question(parsed())).engines("any")} == {256}
 
 
 # Pictures

@@ -200,10 +200,10 @@ class _Run:
                 return self.case.outcome(task, self.sample)
             except (PlanError, SimulationError):
                 return None
-        if task == "outside":
+        if isinstance(task, str):
+            if task == "highest":
+                return _goodput(self.case, self.best, self.sample)
             return _outside(self.case, self.best.plan, self.rate, self.sample)
-        if task == "highest":
-            return _goodput(self.case, self.best, self.sample)
         _, _, evaluate = self.case.varied(What(self.best.plan, 0.0, scale=task), self.sample)
         found = assess(Task(self.best.plan, start=self.highest / task), evaluate)
         return found.goodput or 0.0

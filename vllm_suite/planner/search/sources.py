@@ -115,7 +115,8 @@ class Sources:
     def outside(self) -> dict[str, dict[str, Any]]:
         """What was asked beyond the sources' ranges, by axis, over all of them."""
         found: dict[str, dict[str, Any]] = {}
-        for source in (*self._made.values(), *self._towers.values()):
+        every: list[LatencySource | Tower] = [*self._made.values(), *self._towers.values()]
+        for source in every:
             for axis, entry in source.outside.report().items():
                 known = found.get(axis)
                 if known is None:
