@@ -44,11 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--source", default="roofline", metavar="S", help="roofline, tables=FOLDER, aic or calibrated=FILE"
     )
+    group.add_argument(
+        "--host-time",
+        metavar="TIME",
+        help="of the host in each step, for aic and tables, which lack it: 4331us",
+    )
     group = parser.add_argument_group("the search")
     group.add_argument(
         "--space", nargs="+", default=[], metavar="NAME=VALUES",
         help="narrow or widen what is tried: tp=1,2 pp=1 dp=1,8 ep=yes,no kinds=colocated,pd,ea,epd seqs=64,256"
-        " tokens=2048 quant=own,fp8,fp8+kv encode_tp=1 wide_tp=yes idle=yes",
+        " tokens=2048 quant=own,fp8,fp8+kv encode_tp=1 wide_tp=yes idle=yes schemes=apex",
     )  # fmt: skip
     group.add_argument("--placement", choices=("high", "low"), help="DistServe's algorithm for the disaggregated plan")
     group.add_argument("--method", choices=("bounds", "exhaustive", "optuna"), default="bounds",

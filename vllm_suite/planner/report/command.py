@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_suite import __version__
-from vllm_suite.planner.plan import Plan
+from vllm_suite.planner.plan import Plan, PlanError
 from vllm_suite.planner.report.fleet import fleet_of, fleet_text
 from vllm_suite.planner.report.progress import Bar
 from vllm_suite.planner.report.question import InputError, duration, question
@@ -21,6 +22,7 @@ from vllm_suite.planner.report.text import no_plan, report
 from vllm_suite.planner.report.why import Impossible, impossible
 from vllm_suite.planner.search.candidates import Candidate, candidates
 from vllm_suite.planner.search.case import Case
+from vllm_suite.planner.search.schemes import scheme_candidates
 from vllm_suite.planner.search.search import Effort, Found, SearchResult, search
 from vllm_suite.planner.search.space import Space, room
 from vllm_suite.planner.search.state import State
@@ -33,14 +35,14 @@ def plan(args: argparse.Namespace) -> int:
         writable(args)
         case = question(args)
         space = space_of(case)
-        seconds = duration("--time-limit", args.time_limit)
-        effort = Effort(processes=args.processes, seconds=seconds)
+        effort, deadline = timed(args)
         if args.method == "exhaustive":
             effort = replace(effort, patience=None, refine=None)
         sample = case.sample()
-        listed = listing(case, space, sample, args.placement, args.processes)
+        listed, note = listing(case, space, sample, args.placement, args.processes)
         with State(args.state, case.key(space)) as state:
             result = found_by(args.method, case, space, listed, sample, effort, state)
+        result.note = note
     except InputError.KINDS as error:
         print(f"vllm-suite plan: {error}", file=sys.stderr)
         return 2
@@ -49,7 +51,7 @@ def plan(args: argparse.Namespace) -> int:
         sys.stdout.write(no_plan(case, result, why))
         _write_json(args.json, case, result, None, why)
         return 1
-    found = study(case, result, sample, args.processes)
+    found = study(case, result, sample, args.processes, deadline)
     text = report(case, result, found)
     sys.stdout.write(text)
     short = missed(case, result.best)
@@ -72,7 +74,7 @@ def plan(args: argparse.Namespace) -> int:
         from vllm_suite.planner.report.pictures import PictureError
 
         try:
-            write_html(args.html, case, result, found, sample, text, trace=args.timeline)
+            write_html(args.html, case, result, found, sample, text, trace=args.timeline, deadline=deadline)
         except PictureError as error:
             print(f"vllm-suite plan: {args.html}: {error}", file=sys.stderr)
             return 2
@@ -82,15 +84,27 @@ def plan(args: argparse.Namespace) -> int:
     return 1 if short else 0
 
 
+FOR_SEARCH = 0.75
+"""Share of a time limit that the search may take; the rest is for the report's simulations."""
+
+
+def timed(args: argparse.Namespace) -> tuple[Effort, float | None]:
+    """The effort of a search, and the time of `time.monotonic` at which everything is to be done."""
+    seconds = duration("--time-limit", args.time_limit)
+    if seconds is None:
+        return Effort(processes=args.processes), None
+    return Effort(processes=args.processes, seconds=FOR_SEARCH * seconds), time.monotonic() + seconds
+
+
 def _watch(args: argparse.Namespace, case: Case, running: Plan) -> int:
     """Watch the fleet that runs a plan; a new one is written where the first one was."""
     from vllm_suite.planner.report.watching import watch_fleet
 
-    effort = Effort(processes=args.processes, seconds=duration("--time-limit", args.time_limit))
+    effort, _ = timed(args)
 
     def again(now: Case) -> SearchResult:
         space, sample = space_of(now), now.sample()
-        listed = listing(now, space, sample, None, args.processes)
+        listed, _ = listing(now, space, sample, None, args.processes)
         with State(None, now.key(space)) as state:
             return found_by(args.method, now, space, listed, sample, effort, state)
 
@@ -123,15 +137,27 @@ def space_of(case: Case) -> Space:
 
 def listing(
     case: Case, space: Space, sample: list[Request], placement: str | None, processes: int | None
-) -> list[Candidate]:
-    """The candidates, or DistServe's plan beside the colocated ones. Raises PlanError."""
-    listed = candidates(space, case.bounds(sample))
+) -> tuple[list[Candidate], str]:
+    """The candidates, APEX's, or DistServe's plan beside the colocated ones; and what is to be said of them.
+
+    Raises:
+        PlanError: there are none.
+    """
+    if case.choices.apex:
+        if placement is not None:
+            raise PlanError("--placement is for plans with prefill and decode; --space schemes=apex has none")
+        return scheme_candidates(space, case.bounds(sample))
+    try:
+        listed = candidates(space, case.bounds(sample))
+    except PlanError as error:
+        reasons = "".join(f"\n  {reason}" for reason in list(case.sources.unknown)[:5])
+        raise PlanError(f"{error}{reasons and f'; source {case.source} lacks:{reasons}'}") from error
     if placement is None:
-        return listed
+        return listed, ""
     from vllm_suite.planner.search.placement import placed_by
 
     chosen = placed_by(placement, case, space, sample)
-    return [chosen, *(each for each in listed if each.kind == "any")]
+    return [chosen, *(each for each in listed if each.kind == "any")], ""
 
 
 def found_by(

@@ -79,6 +79,8 @@ def _pool(pool: PoolPlan, model: Model, stored: Quantization) -> dict[str, Any]:
     engine |= _formats(pool, stored)
     if cut.ep:
         engine["args"] = ["--enable-expert-parallel"]
+    if pool.kv_blocks is not None:
+        engine["args"] = [*engine.get("args", []), "--num-gpu-blocks-override", str(pool.kv_blocks)]
     if cut.encoder_data:
         engine["args"] = [*engine.get("args", []), "--mm-encoder-tp-mode", "data"]
     if pool.late_kv_only:

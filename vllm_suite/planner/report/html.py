@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from vllm_suite.planner.observing import Both
@@ -33,12 +34,14 @@ def write_html(
     text: str,
     *,
     trace: Path | None = None,
+    deadline: float | None = None,
 ) -> None:
     """Write the page.
 
     Args:
         text: the report as it is printed.
         trace: also a Chrome trace of the best plan's run.
+        deadline: of `time.monotonic`; no simulation is begun after it, and what lacks one says so.
 
     Raises:
         PictureError: matplotlib is missing. OSError: the file cannot be written.
@@ -49,6 +52,8 @@ def write_html(
             plans.setdefault(other.found.plan.name, other.found.plan)
     collectors, series = {}, None
     for name, plan in plans.items():
+        if series is not None and over(deadline):
+            break
         collector, own, timeline = _run(case, plan, found.rate, sample)
         collectors[name] = collector
         if series is None:
@@ -57,13 +62,14 @@ def write_html(
                 timeline.write(trace)
     assert series is not None
     best = found.best.found
+    curves = {name: _curve(case, plan, best.goodput, sample, deadline) for name, plan in plans.items()}
     sections = [
         Section("Report", text=text),
         Section("Plans", svg=pictures.svg(pictures.pareto(_marks(result, found), "goodput (requests/s)",
                 "mean latency (s)")), caption=f"Latency at {found.rate:.4g} requests/s."),
         Section("Share of requests within the targets", svg=pictures.svg(pictures.attainment(
-                {name: _curve(case, plan, best.goodput, sample) for name, plan in plans.items()},
-                case.slo.attainment)), caption="Bands are 95 % intervals."),
+                {name: curve for name, curve in curves.items() if curve}, case.slo.attainment)),
+                caption=f"Bands are 95 % intervals.{_cut(deadline)}"),
         Section("Times of requests", svg=pictures.svg(pictures.distributions(collectors, case.slo)),
                 caption=f"At {found.rate:.4g} requests/s."),
         Section("Pools over time", svg=pictures.svg(pictures.pools(series)),
@@ -99,9 +105,22 @@ def _marks(result: SearchResult, found: Study) -> list[pictures.Mark]:
     ]
 
 
-def _curve(case: Case, plan: Plan, highest: float, sample: list[Request]) -> list[pictures.Step]:
+def over(deadline: float | None) -> bool:
+    """Whether a deadline of `time.monotonic` has passed."""
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def _cut(deadline: float | None) -> str:
+    return " The time was over before every rate was simulated." if over(deadline) else ""
+
+
+def _curve(
+    case: Case, plan: Plan, highest: float, sample: list[Request], deadline: float | None
+) -> list[pictures.Step]:
     steps = []
     for factor in RATES:
+        if over(deadline):
+            break
         try:
             outcome = case.outcome(What(plan, factor * highest), sample)
         except (SimulationError, PlanError):

@@ -13,8 +13,8 @@ from vllm_suite.planner.hardware import HardwareError, cluster
 from vllm_suite.planner.models import Model, ModelError, load
 from vllm_suite.planner.plan import PlanError, Slo
 from vllm_suite.planner.search.case import Case
-from vllm_suite.planner.search.choices import Choices
-from vllm_suite.planner.search.sources import Sources, source_maker
+from vllm_suite.planner.search.choices import Choices, Settings
+from vllm_suite.planner.search.sources import Sources, encoder_maker, measured, source_maker
 from vllm_suite.planner.search.state import StateError
 from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.setting import Setting
@@ -53,16 +53,30 @@ def question(args: argparse.Namespace) -> Case:
     if args.objective in ("cost", "energy", "latency"):
         # Fewer accelerators than there are may be what is best.
         choices = choices if any(word.startswith("idle=") for word in args.space) else replace(choices, idle=True)
-    sources = Sources(source_maker(args.source, hardware), model, stored, hardware)
+    host_us = 1e6 * (duration("--host-time", args.host_time) or 0.0)
+    sources = Sources(
+        source_maker(args.source, hardware, host_us=host_us), model, stored, hardware,
+        encoders=encoder_maker(args.source, hardware, host_us=host_us),
+    )  # fmt: skip
     setting = Setting(
         model, stored, hardware, sources, encode_seconds=sources.encode if workload.items else None,
         queue=LengthOrder if args.dler else None,
     )  # fmt: skip
+    asked = f"{args.source} with {host_us:g} us of host time a step" if host_us else args.source
+    facts, longest = measured(args.source), args.max_model_len
+    if facts:
+        # Times are those of one engine as it was set: so is everything else of it.
+        setting = replace(setting, async_scheduling=facts["async_scheduling"], block_size=facts["block_size"])
+        choices = replace(choices, kv_blocks=facts["blocks"])
+        if not any(word.startswith(("seqs=", "tokens=")) for word in args.space):
+            own = (Settings(facts["max_num_seqs"], facts["max_num_batched_tokens"]),)
+            choices = replace(choices, any=own, prefill=own, decode=own)
+        longest = min(longest or facts["max_model_len"], facts["max_model_len"])
     name = str(Path(args.model).parent) if args.model.endswith(".json") else args.model
     case = Case(
         name, model, stored, hardware, workload, slo, args.objective, rate, sources, setting, choices,
-        asked=args.rate is not None, requests=args.requests, seed=args.seed, source=args.source,
-        longest=args.max_model_len, dler=args.dler,
+        asked=args.rate is not None, requests=args.requests, seed=args.seed, source=asked,
+        longest=longest, dler=args.dler,
     )  # fmt: skip
     _check_lengths(case)
     return case

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from vllm_suite.planner.outcome import Outcome
 from vllm_suite.planner.plan import Plan, PlanError, Role
@@ -13,7 +13,7 @@ from vllm_suite.planner.search.assess import Assessed, Task, assess
 from vllm_suite.planner.search.case import Case, What
 from vllm_suite.planner.search.objective import pareto
 from vllm_suite.planner.search.search import Found, SearchResult
-from vllm_suite.planner.search.workers import Workers
+from vllm_suite.planner.search.workers import OutOfTime, Workers
 from vllm_suite.planner.simulator.jobs import SimulationError
 from vllm_suite.planner.workload import Request
 
@@ -44,7 +44,8 @@ class Study:
         error: half width of the source's uncertainty; `error_origin`: where that comes from.
         slow, quick: figures with every time that much longer and shorter, and `goodputs` both highest rates.
         front: plans that no other one beats in goodput, latency and energy together.
-        outside: what was asked beyond the source's range.
+        outside: what was asked beyond the source's range; None where time ran out before that was looked for.
+        cut: simulations that were not made because time ran out.
     """
 
     rate: float
@@ -62,14 +63,25 @@ class Study:
     quick: Outcome | None
     goodputs: tuple[float, float] | None
     front: list[Compared]
-    outside: dict[str, Any]
+    outside: dict[str, Any] | None
+    cut: int = 0
 
 
-def study(case: Case, result: SearchResult, sample: list[Request], processes: int | None = None) -> Study:
-    """Simulate what a report says of the best plan. There has to be one."""
+def study(
+    case: Case,
+    result: SearchResult,
+    sample: list[Request],
+    processes: int | None = None,
+    deadline: float | None = None,
+) -> Study:
+    """Simulate what a report says of the best plan. There has to be one.
+
+    Args:
+        deadline: of `time.monotonic`; what is not simulated by then is left out.
+    """
     best = result.best
     assert best is not None
-    highest = _goodput(case, best, sample) if math.isnan(best.goodput) else best.goodput
+    highest = _highest(case, best, sample, deadline)
     # A rate that is asked for and that nothing holds is not simulated: its queues would only grow.
     held = case.rate if case.asked and case.rate and case.rate <= highest else None
     rate, edge = (0.8 * highest, highest) if held is None else (held, held)
@@ -86,12 +98,16 @@ def study(case: Case, result: SearchResult, sample: list[Request], processes: in
     whats += [What(plan, edge * factor) for factor in RATES]
     whats += [What(plan, edge, prompt=prompt, output=output) for prompt, output in LENGTHS]
     whats += [What(plan, rate, scale=1 + u), What(plan, rate, scale=1 - u)]
-    with Workers(_Run(case, sample, best, highest), processes) as workers:
-        answers = list(workers.map([*whats, 1 + u, 1 - u]))
-    low, high = (each if isinstance(each, float) else 0.0 for each in answers[-2:])
-    goodputs = (low, high)
-    outcomes = [each if isinstance(each, Outcome) else None for each in answers[:-2]]
-    taken = iter(outcomes)
+    tasks: list[_Asked] = [*whats, "outside", 1 + u, 1 - u]
+    answers = _answers(_Run(case, sample, best, highest, rate), tasks, processes, deadline)
+    cut = len(tasks) - len(answers)
+    # What is missing is as if it could not be served, but for the rows of tables, which it leaves out.
+    done = [*answers, *[None] * cut]
+    low, high = done[-2:]
+    goodputs = (low, high) if isinstance(low, float) and isinstance(high, float) else None
+    outside = done[len(whats)]
+    taken = iter([each if isinstance(each, Outcome) else None for each in done[: len(whats)]])
+    rows = len(finalists) + 1 + len(roles)
     compared = [Compared(each, next(taken)) for each in finalists]
     by_plan = {each.found.plan: each for each in compared}
     return Study(
@@ -102,16 +118,36 @@ def study(case: Case, result: SearchResult, sample: list[Request], processes: in
         disaggregated=None if apart is None else by_plan[apart.plan],
         beyond=next(taken),
         faster={role: outcome.attainment for role in roles if (outcome := next(taken)) is not None},
-        rates=[(factor, next(taken)) for factor in RATES],
-        lengths=[(prompt, output, next(taken)) for prompt, output in LENGTHS],
+        rates=[(factor, next(taken)) for factor in RATES][: max(0, len(answers) - rows)],
+        lengths=[(prompt, output, next(taken)) for prompt, output in LENGTHS][
+            : max(0, len(answers) - rows - len(RATES))
+        ],
         error=error.relative,
         error_origin=error.origin,
         slow=next(taken),
         quick=next(taken),
         goodputs=goodputs,
         front=_front(compared, case.slo.attainment),
-        outside=_outside(case, plan, rate, sample),
+        outside=outside if isinstance(outside, dict) else None,
+        cut=cut,
     )
+
+
+Answer = Outcome | dict[str, Any] | float | None
+_Asked = What | float | Literal["highest", "outside"]
+
+
+def _answers(run: _Run, tasks: Sequence[_Asked], processes: int | None, deadline: float | None) -> list[Answer]:
+    """Of the tasks, in their order, as many as there is time for."""
+    done: list[Answer] = []
+    workers: Workers[_Asked, Answer]
+    with Workers(run, processes, deadline) as workers:
+        try:
+            for answer in workers.map(tasks):
+                done.append(answer)
+        except OutOfTime:
+            workers.stop()
+    return done
 
 
 def _finalists(result: SearchResult, needed: Sequence[Found]) -> list[Found]:
@@ -150,22 +186,35 @@ def _outside(case: Case, plan: Plan, rate: float, sample: list[Request]) -> dict
 
 @dataclass(frozen=True)
 class _Run:
-    """What a worker does: a simulation, or for a factor of the source's times the highest rate."""
+    """What a worker does: a simulation; for a factor of the source's times the highest rate; or one of the others."""
 
     case: Case
     sample: list[Request]
     best: Found
     highest: float
+    rate: float
 
-    def __call__(self, task: What | float) -> Outcome | float | None:
+    def __call__(self, task: _Asked) -> Answer:
         if isinstance(task, What):
             try:
                 return self.case.outcome(task, self.sample)
             except (PlanError, SimulationError):
                 return None
+        if isinstance(task, str):
+            if task == "highest":
+                return _goodput(self.case, self.best, self.sample)
+            return _outside(self.case, self.best.plan, self.rate, self.sample)
         _, _, evaluate = self.case.varied(What(self.best.plan, 0.0, scale=task), self.sample)
         found = assess(Task(self.best.plan, start=self.highest / task), evaluate)
         return found.goodput or 0.0
+
+
+def _highest(case: Case, best: Found, sample: list[Request], deadline: float | None) -> float:
+    """The best plan's highest rate; what it is known to hold where there is no time to look for it."""
+    if not math.isnan(best.goodput):
+        return best.goodput
+    found = _answers(_Run(case, sample, best, 0.0, 0.0), ["highest"], 1, deadline)
+    return found[0] if found and isinstance(found[0], float) else case.rate or 1.0
 
 
 def _goodput(case: Case, found: Found, sample: list[Request]) -> float:

@@ -11,12 +11,15 @@ from vllm_suite.planner.report.study import BEYOND, Compared, Study
 from vllm_suite.planner.report.why import Impossible
 from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.search import SearchResult
+from vllm_suite.planner.search.simulated import parts
 
 
 def report(case: Case, result: SearchResult, found: Study) -> str:
     """The whole report of a search that found a plan."""
     lines = [*_question(case), "", *_best(case, found), "", *_against(case, found), "", *_bottleneck(case, found), ""]
     lines += [*_what_if(case, found), "", *_error(case, found), "", *_front(case, found), "", *_searched(result)]
+    if found.cut:
+        lines.append(f"The report is not whole: {found.cut} of its simulations were left out when the time was over.")
     return "\n".join(lines) + "\n"
 
 
@@ -75,6 +78,8 @@ def _best(case: Case, found: Study) -> Iterator[str]:
     outcome = best.outcome
     if outcome is None:
         return
+    if parts(best.found.plan) > 1:
+        yield f"  simulated as one of its {parts(best.found.plan)} equal parts"
     yield f"  at {found.rate:.4g} requests/s ({'asked for' if found.rate == case.rate else '80 % of that'}):"
     yield from _indent(_spreads(outcome), 4)
     yield (f"    {outcome.attainment:.1%} within both targets (95 % interval {outcome.low:.1%} to {outcome.high:.1%},"
@@ -200,6 +205,8 @@ def _error(case: Case, found: Study) -> Iterator[str]:
         yield f"  at {found.rate:.4g} requests/s {ttft}, {tpot} for {case.slo.attainment:.0%} of the requests;"
         yield f"  {slow.attainment:.1%} to {quick.attainment:.1%} of them within both"
     yield f"  source: {', '.join(case.sources.names)}"
+    if found.outside is None:
+        return
     if not found.outside:
         yield "  nothing was asked outside the source's range"
     for axis, entry in found.outside.items():
@@ -209,17 +216,22 @@ def _error(case: Case, found: Study) -> Iterator[str]:
 
 def _front(case: Case, found: Study) -> Iterator[str]:
     yield f"Plans that none beats in highest rate, latency and energy together, at {found.rate:.4g} requests/s:"
-    rows = [["plan", "highest rate", "mean latency", "J/token", "money/M tokens"]]
+    priced = any(each.outcome is not None and each.outcome.money_per_million is not None for each in found.front)
+    rows = [["plan", "highest rate", "mean latency", "J/token", *(["money/M tokens"] if priced else [])]]
     for each in found.front:
         outcome = each.outcome
         rate = "-" if math.isnan(each.found.goodput) else f"{each.found.goodput:.4g}/s"
         if outcome is None:
-            rows.append([each.found.plan.name, rate, "-", "-", "-"])
+            rows.append([each.found.plan.name, rate, *["-"] * (len(rows[0]) - 2)])
             continue
         joules = "-" if outcome.joules_per_token is None else f"{outcome.joules_per_token:.3g}"
         money = "-" if outcome.money_per_million is None else f"{outcome.money_per_million:.3g}"
-        rows.append([each.found.plan.name, rate, _time(outcome.latency.mean), joules, money])
+        row = [each.found.plan.name, rate, _time(outcome.latency.mean), joules]
+        rows.append([*row, money] if priced else row)
     yield from _indent(_table(rows))
+    if not priced:
+        yield (f"  no cost in money: {case.cluster.device.name} has no price here; give one in a file of your own,"
+               " --hardware FILE with price_per_hour")  # fmt: skip
 
 
 def _searched(result: SearchResult) -> Iterator[str]:
@@ -231,6 +243,8 @@ def _searched(result: SearchResult) -> Iterator[str]:
     if result.left:
         parts.append(f"{result.left} not looked at, less likely by their estimates")
     yield "Searched: " + ", ".join(parts)
+    if result.note:
+        yield f"Of {result.note}."
     if result.stopped:
         yield f"Stopped early ({result.stopped}): the best so far."
 

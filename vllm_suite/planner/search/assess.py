@@ -13,6 +13,9 @@ from vllm_suite.planner.simulator.jobs import SimulationError
 
 MOST_TRIALS = 40
 
+_NEAR, _FAR = 1.04, 1.15
+"""First steps of a bisection: from a rate that another plan holds, and from a guess."""
+
 
 @dataclass(frozen=True)
 class Assessed:
@@ -92,11 +95,12 @@ def _goodput(task: Task, evaluate: Evaluate) -> Assessed:
         low = task.floor * (1 + task.step)
         if not holds(low):
             return Assessed(0.0, low, tuple(trials))
-    rate = max(low * 1.1, min(task.start, high))
+    # Whoever beats another plan does so by little, and far beyond what a fleet holds its runs are longest.
+    stride, found = (_NEAR, False) if low else (_FAR, False)
+    rate = low * stride if low else min(task.start, high)
     if low and rate >= high:
         rate = (low + high) / 2
     # From the guess by growing steps to a rate that holds and one that does not, then halves.
-    stride, found = 1.15, False
     while len(trials) < MOST_TRIALS and not (low and high < low * (1 + task.step)):
         if holds(rate):
             low, found = rate, True
@@ -107,7 +111,7 @@ def _goodput(task: Task, evaluate: Evaluate) -> Assessed:
         if low and math.isfinite(high) and (high < task.ceiling or (found and rate * stride >= high)):
             rate = math.sqrt(low * high)
         elif low:
-            rate, stride = min(rate * stride, high), stride * 1.6
+            rate, stride = min(rate * stride, high), stride * stride
         else:
-            rate, stride = rate / stride, stride * 1.6
+            rate, stride = rate / stride, stride * stride
     return Assessed(low, high, tuple(trials))

@@ -11,11 +11,15 @@ from vllm_suite.planner.plan import Plan, Role
 from vllm_suite.planner.search.bounds import Bounds, PlanBound
 from vllm_suite.planner.search.choices import Kind
 from vllm_suite.planner.search.place import place
+from vllm_suite.planner.search.simulated import PART, parts
 from vllm_suite.planner.search.space import Shape, Space
 
 WHOLE = 60_000
 """Combinations up to which every number of engines is looked at; beyond, those near the balance of the pools."""
 
+
+UNEVEN = 2
+"""The level of fleets that have to be simulated whole."""
 
 Group = tuple[tuple[Role, int, Parallel, Quantization | None], ...]
 
@@ -25,7 +29,8 @@ class Candidate:
     """A plan that is not placed yet.
 
     Attributes:
-        level: 0 for the settings with the best estimate, 1 for the same engines with others.
+        level: 0 for the settings with the best estimate, 1 for the same engines with others, `UNEVEN` for large fleets
+            of no equal parts, where there are such of equal parts too.
         fixed: its engines have their places already.
     """
 
@@ -39,6 +44,11 @@ class Candidate:
     def group(self) -> Group:
         """What it has in common with the plans that differ in settings alone."""
         return tuple((pool.role, pool.count, pool.parallel, pool.quant) for pool in self.plan.pools)
+
+    @property
+    def shape(self) -> Shape:
+        """What it has in common with the plans that differ in numbers of engines alone."""
+        return tuple(replace(pool, count=1, ranks=()) for pool in self.plan.pools)
 
     def placed(self, space: Space) -> Plan | None:
         """The plan on the cluster; None where it does not stand there."""
@@ -62,15 +72,31 @@ def candidates(space: Space, bounds: Bounds) -> list[Candidate]:
                 for counts in space.counts(shape) if every else balanced(space, bounds, shape):
                     plan = Plan(tuple(replace(each, count=n) for each, n in zip(shape, counts, strict=True)))
                     found.append(Candidate(plan, kind, 0, bounds.plan(plan)))
+    return ordered(found)
+
+
+def ordered(found: list[Candidate]) -> list[Candidate]:
+    """By level, and in each the likely best first."""
     # Sorts are stable: of equal estimates the plan with fewer pools, smaller engines and usual settings stays first.
-    found.sort(key=lambda each: -each.bound.estimate)
+    found = sorted(found, key=lambda each: -each.bound.estimate)
     seen: set[Group] = set()
     for index, each in enumerate(found):
         if each.group in seen:
             found[index] = replace(each, level=1)
         seen.add(each.group)
+    found = _uneven_last(found)
     found.sort(key=lambda each: each.level)
     return found
+
+
+def _uneven_last(found: list[Candidate]) -> list[Candidate]:
+    """Large fleets that have no equal parts are another level, in kinds that have others."""
+    whole = [each.plan.gpus // parts(each.plan) > 2 * PART for each in found]
+    even = {each.kind for each, large in zip(found, whole, strict=True) if not large}
+    return [
+        replace(each, level=UNEVEN) if large and each.kind in even else each
+        for each, large in zip(found, whole, strict=True)
+    ]
 
 
 def balanced(space: Space, bounds: Bounds, shape: Shape) -> Iterator[tuple[int, ...]]:

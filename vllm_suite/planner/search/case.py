@@ -15,7 +15,7 @@ from vllm_suite.planner.search.bounds import Bounds
 from vllm_suite.planner.search.choices import Choices
 from vllm_suite.planner.search.horizon import Horizon
 from vllm_suite.planner.search.objective import Goal, Objective
-from vllm_suite.planner.search.simulated import Simulated, for_plan
+from vllm_suite.planner.search.simulated import Simulated, for_plan, part, parts
 from vllm_suite.planner.search.sources import Sources
 from vllm_suite.planner.search.space import Space
 from vllm_suite.planner.search.state import digest
@@ -125,17 +125,23 @@ class Case:
         return setting, workload, Simulated(setting, workload, self.slo, self.horizon(sample), self.seed)
 
     def outcome(self, what: What, sample: list[Request]) -> Outcome:
-        """All figures of one simulation. Raises SimulationError, PlanError."""
+        """All figures of one simulation, of a large fleet of equal parts from one of them.
+
+        Raises:
+            SimulationError, PlanError: the plan cannot serve the workload.
+        """
         setting, workload, simulated = self.varied(what, sample)
-        return evaluate(
-            what.plan,
-            for_plan(setting, what.plan),
-            lambda: simulated.requests(what.rate),
+        plan, rate = part(what.plan, what.rate)
+        found = evaluate(
+            plan,
+            for_plan(setting, plan),
+            lambda: simulated.requests(rate),
             self.slo,
-            rate=what.rate,
+            rate=rate,
             stationary=not workload.recorded,
             energy=what.energy,
         )
+        return of_all(found, parts(what.plan))
 
     def key(self, space: Space) -> str:
         """Of all that the results of a search depend on."""
@@ -144,6 +150,18 @@ class Case:
             self.goal, self.rate, self.choices, self.requests, self.seed, self.source, self.longest, self.dler,
             space.kinds,
         ))  # fmt: skip
+
+
+def of_all(outcome: Outcome, times: int) -> Outcome:
+    """The figures of a fleet of so many equal parts, from those of one; `requests` and `counted` are of that one."""
+    if times == 1:
+        return outcome
+    pools = {
+        role: replace(load, preemptions=times * load.preemptions, transfer_seconds=times * load.transfer_seconds)
+        for role, load in outcome.pools.items()
+    }
+    return replace(outcome, rate=times * outcome.rate, tokens_per_s=times * outcome.tokens_per_s,
+                   gpus=times * outcome.gpus, pools=pools)  # fmt: skip
 
 
 def stretched(workload: Workload, prompt: float, output: float) -> Workload:

@@ -49,6 +49,8 @@ class Choices:
         encode_tp: of an encoder.
         wide_tp: tensor parallelism may leave the NVLink domain.
         idle: plans may leave room for another engine unused.
+        apex: the plans are APEX's, those that vLLM can start.
+        kv_blocks: of the cache of every engine; None for what fits.
     """
 
     kinds: tuple[Kind, ...] = KINDS
@@ -70,6 +72,8 @@ class Choices:
     encode_tp: tuple[int, ...] = (1,)
     wide_tp: bool = False
     idle: bool = False
+    apex: bool = False
+    kv_blocks: int | None = None
 
     def settings(self, role: Role) -> tuple[Settings, ...]:
         """Of the engines of a role; an encoder has one."""
@@ -102,10 +106,14 @@ class Choices:
             elif key in ("ep", "wide_tp", "idle"):
                 flags = tuple(_flag(key, part) for part in parts)
                 changes[key] = flags if key == "ep" else flags[0]
+            elif key == "schemes":
+                if parts != ["apex"]:
+                    raise PlanError(f"space: schemes is apex, not {','.join(parts)}")
+                changes["apex"], changes["kinds"] = True, ("any",)
             elif key == "quant":
                 changes["quants"] = tuple(_quant(part, quant) for part in parts)
             else:
-                known = "tp, pp, dp, ep, kinds, seqs, tokens, quant, encode_tp, wide_tp, idle"
+                known = "tp, pp, dp, ep, kinds, seqs, tokens, quant, encode_tp, wide_tp, idle, schemes"
                 raise PlanError(f"space: no {key!r}; there are {known}")
         found = replace(cls(), **changes)
         return _with_settings(found, given) if given else found

@@ -14,10 +14,10 @@ from itertools import islice
 
 from vllm_suite.planner.plan import Plan
 from vllm_suite.planner.search.assess import Assessed, Task, assess
-from vllm_suite.planner.search.candidates import Candidate, Group
+from vllm_suite.planner.search.candidates import UNEVEN, Candidate, Group
 from vllm_suite.planner.search.choices import Kind
 from vllm_suite.planner.search.objective import Objective
-from vllm_suite.planner.search.space import Space
+from vllm_suite.planner.search.space import Shape, Space
 from vllm_suite.planner.search.state import State, digest
 from vllm_suite.planner.search.trial import Evaluate, Trial
 from vllm_suite.planner.search.workers import OutOfTime, Workers
@@ -59,6 +59,7 @@ class SearchResult:
         space: plans that there are, `bounded`: how many the bounds ruled out, `simulated`: how many were simulated,
             `trials`: simulations.
         left: plans that were not looked at, because time ran out or because none of many others was better.
+        note: what a reader is to know of the list of plans.
         stopped: why it ended before all was looked at; None where it was.
     """
 
@@ -69,6 +70,7 @@ class SearchResult:
     simulated: int = 0
     trials: int = 0
     left: int = 0
+    note: str = ""
     stopped: str | None = None
 
     @property
@@ -94,7 +96,8 @@ class Effort:
         bounds: leave out plans whose bound says that they cannot win; without it every plan is simulated.
         challenge: give up a plan that does not hold the best one's rate.
         patience: plans in a row, of one kind and level, that do not win before the rest of them is left; None: all.
-        refine: of each kind the settings of so many of the best plans are varied; None: of all plans.
+            Large fleets of no equal parts, which take very much longer, get a quarter of it.
+        refine: of each kind the settings and numbers of so many of the best plans are varied; None: of all plans.
         processes: None for one per core.
         seconds: None for no limit.
     """
@@ -170,6 +173,7 @@ class _Search:
     decided: int = 0
     failed: dict[tuple[Kind, int], int] = field(default_factory=dict)
     chosen: dict[Kind, set[Group]] = field(default_factory=dict)
+    shapes: dict[Kind, set[Shape]] = field(default_factory=dict)
 
     def all(self, listed: Sequence[Candidate], progress: Progress | None) -> None:
         """Round after round."""
@@ -191,6 +195,8 @@ class _Search:
         for candidate in waiting:
             key = (candidate.kind, candidate.level)
             patience = self.effort.patience
+            if patience is not None and candidate.level == UNEVEN:
+                patience = max(1, patience // 4)
             tired = patience is not None and self.failed.get(key, 0) >= patience
             if self.effort.bounds and not self._may_win(candidate):
                 self.result.bounded += 1
@@ -209,14 +215,24 @@ class _Search:
         return most > best.value * SLACK if best.value > 0 else most > best.value
 
     def _refined(self, candidate: Candidate) -> bool:
-        """Whether it varies the settings of one of the best plans. Those of level 0 are all decided by then."""
+        """Whether it varies the settings of one of the best plans, or its numbers of engines. Those of the levels
+        before are all decided by then.
+        """
         if self.effort.refine is None:
             return True
-        if candidate.kind not in self.chosen:
-            own = [each for each in self.result.found if each.candidate.kind == candidate.kind]
-            own.sort(key=lambda each: (-each.value, -each.candidate.bound.estimate))
-            self.chosen[candidate.kind] = {each.candidate.group for each in own[: self.effort.refine]}
-        return candidate.group in self.chosen[candidate.kind]
+        kind = candidate.kind
+        if candidate.level == UNEVEN:
+            if kind not in self.shapes:
+                self.shapes[kind] = {each.candidate.shape for each in self._leaders(kind)}
+            return candidate.shape in self.shapes[kind]
+        if kind not in self.chosen:
+            self.chosen[kind] = {each.candidate.group for each in self._leaders(kind)}
+        return candidate.group in self.chosen[kind]
+
+    def _leaders(self, kind: Kind) -> list[Found]:
+        own = [each for each in self.result.found if each.candidate.kind == kind]
+        own.sort(key=lambda each: (-each.value, -each.candidate.bound.estimate))
+        return own[: self.effort.refine]
 
     def _simulated(self, chosen: Sequence[Candidate]) -> Iterator[tuple[Candidate, Plan, Assessed]]:
         placed = [(each, plan) for each in chosen if (plan := each.placed(self.space)) is not None]

@@ -155,13 +155,18 @@ class Simulated:
         return math.nan if found is None else found
 
 
+def parts(plan: Plan) -> int:
+    """How many equal parts of at least `PART` accelerators a fleet has."""
+    common = gcd(*(pool.count for pool in plan.pools))
+    return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or plan.gpus >= n * PART))
+
+
 def part(plan: Plan, rate: float) -> tuple[Plan, float]:
     """Of a large fleet of several equal parts one of them, of at least `PART` accelerators, and its share of the rate.
 
     A router over all parts evens out their queues better than one over a single part, so this errs on the safe side.
     """
-    common = gcd(*(pool.count for pool in plan.pools))
-    times = max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or plan.gpus >= n * PART))
+    times = parts(plan)
     if times == 1:
         return plan, rate
     pools = (replace(pool, count=pool.count // times, ranks=pool.ranks[: pool.count // times]) for pool in plan.pools)

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_suite.media.families import Encoder
 from vllm_suite.media.tokens import ImageCost
 from vllm_suite.planner.hardware import Cluster
 from vllm_suite.planner.models import Model, ModelError, Parallel, Quantization, prefill_only
 from vllm_suite.planner.plan import PoolPlan
-from vllm_suite.planner.sources.base import FloatArray, LatencySource, SourceError, Uncertainty
+from vllm_suite.planner.sources.base import FloatArray, LatencySource, Outside, SourceError, Uncertainty
 from vllm_suite.planner.sources.roofline import RooflineSource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 from vllm_suite.planner.workload import Item
+
+if TYPE_CHECKING:
+    from vllm_suite.planner.sources.aic import AicSource
+    from vllm_suite.planner.sources.calibrated import CalibratedSource
+
+
+class Tower(Protocol):
+    """What knows the seconds of items on an encoder: a source."""
+
+    outside: Outside
+
+    def encode_seconds(self, items: Iterable[ImageCost]) -> float:
+        """Of a batch of them."""
+        ...
+
 
 SOURCES = ("roofline", "tables=FOLDER", "aic", "aic=SYSTEM", "calibrated=FILE")
 
 Make = Callable[[Model, Quantization, Parallel], LatencySource]
 """A source for a model as an engine holds it."""
+
+
+Encoders = Callable[[Model, Quantization, Parallel], Tower]
+"""A model's encoder as an engine holds it."""
 
 
 class Sources:
@@ -32,12 +51,23 @@ class Sources:
         make: see `Make`.
         model, quant: of the checkpoint; a pool's own formats take precedence.
         scale: every time is multiplied by it.
+        encoders: times of items; None for the roofline's.
     """
 
-    def __init__(self, make: Make, model: Model, quant: Quantization, cluster: Cluster, *, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        make: Make,
+        model: Model,
+        quant: Quantization,
+        cluster: Cluster,
+        *,
+        scale: float = 1.0,
+        encoders: Encoders | None = None,
+    ) -> None:
         self.make, self.model, self.quant, self.cluster, self.scale = make, model, quant, cluster, scale
+        self.encoders = encoders or encoder_maker("roofline", cluster)
         self._made: dict[tuple[Parallel, Quantization, bool], LatencySource] = {}
-        self._towers: dict[tuple[Parallel, Quantization], RooflineSource] = {}
+        self._towers: dict[tuple[Parallel, Quantization], Tower] = {}
         self.unknown: dict[str, PoolPlan] = {}
         self._items: dict[tuple[Parallel, Quantization, str], float] = {}
 
@@ -63,7 +93,7 @@ class Sources:
         return True
 
     def encode(self, pool: PoolPlan, item: Item) -> float:
-        """Seconds of an item alone; by the roofline, whatever the source of steps: no other one knows encoders."""
+        """Seconds of an item alone. Raises SourceError: the source does not know this encoder."""
         quant = pool.quant or self.quant
         key = (pool.parallel, quant, item.kind)
         if key not in self._items:
@@ -72,18 +102,21 @@ class Sources:
                 raise SourceError(f"{self.model.name} has no encoder")
             where = (Parallel(tp=pool.parallel.tp, encoder_data=pool.parallel.encoder_data), quant)
             if where not in self._towers:
-                self._towers[where] = RooflineSource(self.model, quant, where[0], self.cluster, max_tokens=16)
+                self._towers[where] = self.encoders(self.model, quant, where[0])
             self._items[key] = self.scale * self._towers[where].encode_seconds([item_cost(encoder, item.kind)])
         return self._items[key]
 
     def scaled(self, factor: float) -> Sources:
         """The same with every time multiplied: the ends of an error bar."""
-        return Sources(self.make, self.model, self.quant, self.cluster, scale=self.scale * factor)
+        return Sources(
+            self.make, self.model, self.quant, self.cluster, scale=self.scale * factor, encoders=self.encoders
+        )
 
     def outside(self) -> dict[str, dict[str, Any]]:
         """What was asked beyond the sources' ranges, by axis, over all of them."""
         found: dict[str, dict[str, Any]] = {}
-        for source in self._made.values():
+        every: list[LatencySource | Tower] = [*self._made.values(), *self._towers.values()]
+        for source in every:
             for axis, entry in source.outside.report().items():
                 known = found.get(axis)
                 if known is None:
@@ -136,49 +169,79 @@ class Scaled(LatencySource):
         return replace(line, seconds=self.factor * line.seconds, slope=self.factor * line.slope)
 
 
-def source_maker(text: str, cluster: Cluster) -> Make:
+def source_maker(text: str, cluster: Cluster, *, host_us: float = 0.0) -> Make:
     """What ``--source`` names.
+
+    Args:
+        host_us: of the host in every step, which `aic` and `tables` do not have.
 
     Raises:
         SourceError: no such source, or one without the path that it needs; while it is asked: what it does not know.
     """
     kind, _, path = text.partition("=")
+    if host_us and kind not in ("aic", "tables"):
+        raise SourceError(f"a host time is for aic and tables; {kind} has its own")
     if kind == "roofline" and not path:
         return lambda model, quant, parallel: RooflineSource(model, quant, parallel, cluster)
     if kind == "tables" and path:
-        return _tables(Path(path), cluster)
+        return _tables(Path(path), cluster, host_us)
     if kind == "aic":
-        return _aic(path, cluster)
+        return _aic(path, cluster, host_us)
     if kind == "calibrated" and path:
         return _calibrated(Path(path), cluster)
     raise SourceError(f"no source {text!r}; there are {', '.join(SOURCES)}")
 
 
-def _tables(folder: Path, cluster: Cluster) -> Make:
+def encoder_maker(text: str, cluster: Cluster, *, host_us: float = 0.0) -> Encoders:
+    """Times of items for what ``--source`` names: `aic` has its own, for the others they are the roofline's."""
+    kind, _, path = text.partition("=")
+    if kind == "aic":
+        return _aic(path, cluster, host_us, max_tokens=16)
+    return lambda model, quant, parallel: RooflineSource(model, quant, parallel, cluster, max_tokens=16)
+
+
+def _tables(folder: Path, cluster: Cluster, host_us: float) -> Make:
     from vllm_suite.planner.hardware.collectives import Collectives
     from vllm_suite.planner.sources.tables import TableSource
 
     if not folder.is_dir():
         raise SourceError(f"tables: no folder {folder}")
     collectives = Collectives(cluster)
-    return lambda model, quant, parallel: TableSource(folder, model, parallel, collectives=collectives)
+    return lambda model, quant, parallel: TableSource(
+        profile(folder, model, quant), model, parallel, collectives=collectives, step_us=host_us
+    )
 
 
-def _aic(system: str, cluster: Cluster) -> Make:
+def profile(folder: Path, model: Model, quant: Quantization) -> Path:
+    """Where the tables of a model are: the folder itself, or ``MODEL/FORMAT`` in the folder of a device.
+
+    Raises:
+        SourceError: neither has a ``meta.yaml``.
+    """
+    inside = folder / model.name / quant.weights
+    found = next((each for each in (folder, inside) if (each / "meta.yaml").is_file()), None)
+    if found is None:
+        raise SourceError(f"tables: no meta.yaml in {folder}, and none in {inside}")
+    return found
+
+
+def _aic(
+    system: str, cluster: Cluster, host_us: float, max_tokens: int = 16_384
+) -> Callable[[Model, Quantization, Parallel], AicSource]:
     from vllm_suite.planner.sources.aic import AicSource
     from vllm_suite.planner.sources.aic_tables import AicTables
 
     tables = AicTables.of(system or cluster.device.name)
-    return lambda model, quant, parallel: AicSource(model, quant, parallel, tables)
+    return lambda model, quant, parallel: AicSource(
+        model, quant, parallel, tables, step_us=host_us, max_tokens=max_tokens
+    )
 
 
 def _calibrated(path: Path, cluster: Cluster) -> Make:
     from vllm_suite.planner.sources.base import Outside
     from vllm_suite.planner.sources.calibrated import CalibratedSource
 
-    if not path.is_file():
-        raise SourceError(f"calibrated: no file {path}; write it with vllm-suite calibrate")
-    found = CalibratedSource.load(path)
+    found = _calibration(path)
     engine = found.calibration.engine
     sizes = [int(engine.get(f"{kind}_parallel_size") or 1) for kind in ("tensor", "pipeline", "data")]
 
@@ -189,6 +252,26 @@ def _calibrated(path: Path, cluster: Cluster) -> Make:
         return CalibratedSource(found.calibration, outside=Outside("clamp"))
 
     return make
+
+
+def measured(text: str) -> dict[str, Any]:
+    """Settings of the engine that a ``calibrated`` source was measured on; none of another source.
+
+    Raises:
+        SourceError: the file is missing or not one.
+    """
+    kind, _, path = text.partition("=")
+    if kind != "calibrated" or not path:
+        return {}
+    return dict(_calibration(Path(path)).calibration.facts)
+
+
+def _calibration(path: Path) -> CalibratedSource:
+    from vllm_suite.planner.sources.calibrated import CalibratedSource
+
+    if not path.is_file():
+        raise SourceError(f"calibrated: no file {path}; write it with vllm-suite calibrate")
+    return CalibratedSource.load(path)
 
 
 @cache

@@ -85,7 +85,9 @@ class Space:
         for parallel, quant in product(self._cuts(), choices.quants):
             for settings in choices.settings(role):
                 # A SwiftKV prefill instance without its late layers computes the same and holds less.
-                pool = PoolPlan(role, 1, parallel, quant, settings.seqs, settings.tokens, late_kv_only=late)
+                pool = PoolPlan(
+                    role, 1, parallel, quant, settings.seqs, settings.tokens, choices.kv_blocks, late_kv_only=late
+                )
                 if self.fits(pool, encoder):
                     yield pool
 
