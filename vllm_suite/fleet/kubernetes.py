@@ -21,7 +21,9 @@ class Image(Settings):
     repository: str = Field(default="vllm-suite", min_length=1, description="image name with its registry")
     tag: str = Field(default="", description="the chart's version where left out")
     digest: str = Field(default="", pattern=r"^(sha256:[0-9a-f]{64})?$", description="in place of the tag")
-    pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="when nodes ask the registry"
+    )
     pull_secrets: tuple[Name, ...] = Field(default=(), description="names of Secrets")
 
 
@@ -46,15 +48,15 @@ class Resources(Settings):
     """Of one container; GPUs and RDMA devices are added."""
 
     requests: dict[str, Quantity] = Field(default={}, description="for example {cpu: '8', memory: 64Gi}")
-    limits: dict[str, Quantity] = Field(default={})
+    limits: dict[str, Quantity] = Field(default={}, description="as above; memory has to hold /dev/shm too")
 
 
 class Scaling(Settings):
     """Size of a pool by its outstanding tokens as the routers count them (encoder tokens for `encode`)."""
 
     kind: Literal["keda", "hpa"] = Field(description="`hpa` needs an adapter that serves the external metric")
-    min_replicas: PositiveInt = 1
-    max_replicas: PositiveInt
+    min_replicas: PositiveInt = Field(default=1, description="instances at least")
+    max_replicas: PositiveInt = Field(description="instances at most")
     tokens_per_instance: PositiveInt = Field(description="target for each instance")
     cooldown_s: PositiveInt = Field(default=300, description="before the pool gets smaller")
 
@@ -68,13 +70,13 @@ class Scaling(Settings):
 class PodSettings(Settings):
     """How pods are made."""
 
-    resources: Resources = Resources()
-    annotations: Labels = {}
-    labels: Labels = {}
-    node_selector: Labels = {}
-    tolerations: tuple[dict[str, Any], ...] = ()
-    priority_class: Name | None = None
-    runtime_class: Name | None = None
+    resources: Resources = Field(default=Resources(), description="requests and limits")
+    annotations: Labels = Field(default={}, description="of the pods")
+    labels: Labels = Field(default={}, description="of the pods, beside the chart's own")
+    node_selector: Labels = Field(default={}, description="labels that a node must have")
+    tolerations: tuple[dict[str, Any], ...] = Field(default=(), description="taints that pods bear")
+    priority_class: Name | None = Field(default=None, description="PriorityClass")
+    runtime_class: Name | None = Field(default=None, description="RuntimeClass, for example nvidia")
 
 
 class RolePods(PodSettings):
@@ -87,7 +89,7 @@ class Rdma(Settings):
     """RDMA devices of an instance, for NIXL."""
 
     resource: str = Field(min_length=1, description="extended resource, for example rdma/ib")
-    count: PositiveInt = 1
+    count: PositiveInt = Field(default=1, description="devices of one pod")
     ipc_lock: bool = Field(default=True, description="add the capability that registering memory may need")
 
 
@@ -102,17 +104,19 @@ class Drain(Settings):
 class RouterPods(PodSettings):
     """The router's pods and Service."""
 
-    replicas: PositiveInt = 2
+    replicas: PositiveInt = Field(default=2, description="routers, each with its own view of the load")
     image: Image | None = Field(default=None, description="where it is another one than the instances'")
-    service_type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = "ClusterIP"
-    service_port: Annotated[int, Field(ge=1, le=65_535)] = 80
-    service_annotations: Labels = {}
+    service_type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = Field(
+        default="ClusterIP", description="how clients outside the cluster come in"
+    )
+    service_port: Annotated[int, Field(ge=1, le=65_535)] = Field(default=80, description="of the Service")
+    service_annotations: Labels = Field(default={}, description="of the Service, for a cloud's load balancer")
 
 
 class NetworkPolicies(Settings):
     """Who may connect to whom."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="make NetworkPolicies")
     clients: tuple[dict[str, Any], ...] = Field(
         default=(), description="NetworkPolicyPeers that may reach the router; all where left out"
     )
@@ -125,9 +129,9 @@ class NetworkPolicies(Settings):
 class Monitoring(Settings):
     """Objects for the Prometheus operator; made only where the cluster has its API."""
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="make monitors and alerts")
     labels: Labels = Field(default={}, description="that the operator selects by")
-    interval: str = Field(default="15s", pattern=r"^[0-9]+(s|m)$")
+    interval: str = Field(default="15s", pattern=r"^[0-9]+(s|m)$", description="between two scrapes")
     rules: bool = Field(default=True, description="alerts")
 
 
@@ -161,10 +165,10 @@ class Placement(Settings):
 class PoolPods(Settings):
     """Overrides by role."""
 
-    encode: RolePods = RolePods()
-    prefill: RolePods = RolePods()
-    decode: RolePods = RolePods()
-    any: RolePods = RolePods()
+    encode: RolePods = Field(default=RolePods(), description="of encode instances")
+    prefill: RolePods = Field(default=RolePods(), description="of prefill instances")
+    decode: RolePods = Field(default=RolePods(), description="of decode instances")
+    any: RolePods = Field(default=RolePods(), description="of any instances")
 
 
 class KubernetesSpec(Settings):

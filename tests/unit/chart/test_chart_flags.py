@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import yaml
 from chart_render import CASES, container, env, files, find, render
+
 from vllm_suite.fleet import launch
 from vllm_suite.fleet.files import parse_fleet
 from vllm_suite.router.config import RouterConfig

@@ -10,6 +10,7 @@ import helm_python
 import pytest
 import yaml
 from chart_render import CASES, CHART, ROOT, files, fleet, render
+
 from vllm_suite.cli.main import main
 from vllm_suite.fleet.files import FleetFileError, parse_fleet
 from vllm_suite.fleet.kubernetes import KubernetesSpec
