@@ -234,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             said = outlive(f"http://{os.environ['LWS_LEADER_ADDRESS']}:{args.port}", args.limit)
         else:
             said = check(args.router, args.decode, args.prompt_tokens, args.timeout)
-    except (CheckFailed, OSError, http.client.HTTPException, ValueError) as error:
-        print(f"{args.verb}: {error}", file=sys.stderr)
+    except (CheckFailed, OSError, http.client.HTTPException, ValueError, LookupError) as error:
+        print(f"{args.verb}: {str(error) or repr(error)}", file=sys.stderr)
         return 1
     print(said)
     return 0

@@ -149,7 +149,7 @@ spec:
             - ready
             - --url={{ $url }}
             - --role={{ .role }}
-            {{- if and (ne .role "encode") (has "disagg" .root.Values.plugins) }}
+            {{- if and (ne .role "encode") (has "disagg" .root.Values.plugins) (not (contains "--kv-transfer-config" (join " " .engine.args))) }}
             - --connector={{ dig "kv_transfer_config" "kv_connector" "SuiteNixlConnector" .engine }}
             {{- end }}
         {{- else }}

@@ -88,6 +88,7 @@ CASES: dict[str, Object] = {
             "decode": {"engine": {"data_parallel_size": 4, "tensor_parallel_size": 2, "enable_prefix_caching": True}},
         },
         slo={"ttft": "1.5s"},
+        router={"limits": {"body_bytes": 67108864, "buffered_answer_bytes": 1234567}, "port": 9000},
         kubernetes={
             "rdma": {"resource": "rdma/ib"},
             "image": {"digest": "sha256:" + "0" * 64, "pull_secrets": ["pull"]},

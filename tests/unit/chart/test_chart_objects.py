@@ -104,6 +104,9 @@ def test_probes_and_drain() -> None:
     assert spec["terminationGracePeriodSeconds"] == 10 + 300 + 30
     encode = container(find(render(CASES["encoders"]), "Deployment", "llm-encode"))
     assert not any("--connector" in word for word in encode["readinessProbe"]["exec"]["command"])
+    other = fleet(engine={"kv_transfer_config": {"kv_connector": "NixlConnector"}})
+    command = container(find(render(other), "Deployment", "llm-decode"))["readinessProbe"]["exec"]["command"]
+    assert command[-1] == "--connector=NixlConnector"
     assert {port["containerPort"] for port in encode["ports"]} == {8000, 15600, 16600}
     plain = container(find(render(CASES["no plugin"]), "Deployment", "llm-decode"))
     assert plain["readinessProbe"]["httpGet"]["path"] == "/health"
