@@ -26,7 +26,7 @@ def rows(model: type[BaseModel] = FleetSpec, prefix: str = "") -> Iterator[tuple
     for name, field in model.model_fields.items():
         section = _section(field)
         yield prefix + name, _default(field, section), field.description or ""
-        if section in (None, RouterConfig, KubernetesSpec):
+        if section is None or section in (RouterConfig, KubernetesSpec):
             continue
         # The pools have the same keys, and each pool's `engine` those of the shared one.
         repeated = (section is PoolSpec and name != "prefill") or (section is EngineSpec and prefix)

@@ -57,6 +57,10 @@
   {{- end -}}
 {{- end -}}
 {{- range .engine.args -}}{{- $args = append $args . -}}{{- end -}}
+{{- /* Kubernetes would put a variable's value in the place of $(NAME). */ -}}
+{{- $plain := list -}}
+{{- range $args -}}{{- $plain = append $plain (replace "$(" "$$(" .) -}}{{- end -}}
+{{- $args = $plain -}}
 {{- if gt (int .nodes) 1 -}}
   {{- $args = concat $args (list "--nnodes" (toString .nodes) "--node-rank" "$(LWS_WORKER_INDEX)" "--master-addr" "$(LWS_LEADER_ADDRESS)") -}}
 {{- end -}}

@@ -27,7 +27,7 @@
   {{- if eq (include "suite.gpus" .engine) "1" -}}{{- $_ := set $env "VLLM_ENABLE_V1_MULTIPROCESSING" "0" -}}{{- end -}}
 {{- end -}}
 {{- range $given := list (default dict .root.Values.env) (default dict .pool.env) -}}
-  {{- range $name, $value := $given -}}{{- $_ := set $env $name $value -}}{{- end -}}
+  {{- range $name, $value := $given -}}{{- $_ := set $env $name (replace "$(" "$$(" $value) -}}{{- end -}}
 {{- end -}}
 {{- $_ := unset $env "VLLM_SUITE_FLEET_KEY" -}}
 {{- range $name := list "VLLM_API_KEY" "VLLM_SUITE_CONTROL_KEY" "VLLM_SUITE_INSTANCE_ID" "POD_IP" "HF_TOKEN" -}}

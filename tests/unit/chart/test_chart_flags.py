@@ -91,3 +91,11 @@ def test_sizes_are_read_as_up_reads_them() -> None:
         values = {"model": "m/m", "pools": {"decode": {}}, "engine": {"kv_cache_memory_bytes": size}}
         args = container(find(render(values), "Deployment", "llm-decode"))["args"]
         assert args[args.index("--kv-cache-memory-bytes") + 1] == str(parse_bytes(size))
+
+
+def test_kubernetes_expands_nothing_in_what_the_file_says() -> None:
+    values = {"model": "m/m", "pools": {"decode": {"engine": {"args": ["--x=$(HOME)"]}}}, "env": {"A": "$(B)"}}
+    found = container(find(render(values), "Deployment", "llm-decode"))
+    assert found["args"][-1] == "--x=$$(HOME)"
+    assert env(found)["A"] == "$$(B)"
+    assert env(found)["VLLM_HOST_IP"] == "$(POD_IP)"
