@@ -18,7 +18,8 @@ PAGE = (ROOT / "docs/kubernetes.md").read_text()
 
 def test_the_page_holds_the_table() -> None:
     written = PAGE.partition("<!-- reference -->\n")[2]
-    assert written.strip() == table(KubernetesSpec, "kubernetes."), "run: python -m vllm_suite.fleet.reference kubernetes"
+    current = table(KubernetesSpec, "kubernetes.")
+    assert written.strip() == current, "run: python -m vllm_suite.fleet.reference kubernetes"
 
 
 def test_the_pages_example_is_a_fleet_that_renders() -> None:
