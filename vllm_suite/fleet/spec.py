@@ -1,6 +1,7 @@
 """`FleetSpec`: one file that says which instances there are and how they are started.
 
-Everything outside `local` holds wherever the fleet runs; `local` is read by `vllm-suite up` alone.
+Everything outside `local` and `kubernetes` holds wherever the fleet runs; `local` is read by `vllm-suite up` alone,
+`kubernetes` by the Helm chart, whose values file this file is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vllm_suite import catalog
 from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
+from vllm_suite.fleet.kubernetes import KubernetesSpec
 from vllm_suite.fleet.units import DurationMs
 from vllm_suite.router.config import RouterConfig
 
@@ -139,6 +141,7 @@ class FleetSpec(Settings):
     )
     slo: SloSpec = Field(default=SloSpec(), description="targets per request")
     local: LocalSpec = Field(default=LocalSpec(), description="read by `vllm-suite up` alone")
+    kubernetes: KubernetesSpec = Field(default=KubernetesSpec(), description="read by the Helm chart alone")
 
     @field_validator("plugins")
     @classmethod

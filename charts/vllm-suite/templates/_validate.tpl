@@ -1,0 +1,57 @@
+{{/* What FleetSpec checks across fields; the schema has checked each field. */}}
+{{- define "suite.validate" -}}
+{{- $v := .Values -}}
+{{- $k := $v.kubernetes -}}
+{{- $counts := dict -}}
+{{- range $role := list "encode" "prefill" "decode" "any" -}}
+  {{- $pool := get $v.pools $role -}}
+  {{- $_ := set $counts $role 0 -}}
+  {{- if hasKey $v.pools $role -}}{{- if not (kindIs "invalid" $pool) -}}
+    {{- $_ := set $counts $role (int (include "suite.replicas" (dict "root" $ "role" $role "pool" $pool))) -}}
+  {{- end -}}{{- end -}}
+{{- end -}}
+{{- if not (or $counts.decode $counts.any) -}}
+  {{- fail "pools: a fleet needs a decode or an any instance" -}}
+{{- end -}}
+{{- if and $counts.encode (not (has "epd" $v.plugins)) -}}
+  {{- fail "pools.encode: encoder instances need plugin epd" -}}
+{{- end -}}
+{{- $auth := dig "router" "auth" dict (omit $v "kubernetes") -}}
+{{- range $name := list "api_key_file" "upstream_api_key_file" "control_key_file" -}}
+  {{- if get $auth $name -}}
+    {{- fail (printf "router.auth.%s is a file of the machine that runs `up`; here keys are in a Secret: kubernetes.keys.existing_secret" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- if gt (len (default list $auth.api_keys)) 1 -}}
+  {{- fail "router.auth.api_keys: one key can be given here; put several into the api-key of kubernetes.keys.existing_secret, one Secret a fleet" -}}
+{{- end -}}
+{{- if and $k.keys.existing_secret (or $auth.api_keys $auth.upstream_api_key $auth.control_key) -}}
+  {{- fail "kubernetes.keys.existing_secret holds the fleet's keys; leave them out of router.auth" -}}
+{{- end -}}
+{{- if and $k.keys.require_api_key (not $k.keys.existing_secret) -}}
+  {{- fail "kubernetes.keys.require_api_key goes with existing_secret; otherwise give router.auth.api_keys" -}}
+{{- end -}}
+{{- if and $k.model.claim $k.model.image -}}
+  {{- fail "kubernetes.model: give claim or image" -}}
+{{- end -}}
+{{- if and $k.model.image (semverCompare "<1.33.0-0" .Capabilities.KubeVersion.Version) -}}
+  {{- fail (printf "kubernetes.model.image needs image volumes: Kubernetes 1.33 or later, this is %s" .Capabilities.KubeVersion.Version) -}}
+{{- end -}}
+{{- if and (or $k.model.claim $k.model.image) (not (hasPrefix (printf "%s/" (trimSuffix "/" $k.model.mount_path)) (printf "%s/" (trimSuffix "/" $v.model)))) -}}
+  {{- fail (printf "model: %s is not below kubernetes.model.mount_path %s" $v.model $k.model.mount_path) -}}
+{{- end -}}
+{{- if and (not (or $k.model.claim $k.model.image)) (or (hasPrefix "/" $v.model) (hasPrefix "." $v.model)) -}}
+  {{- fail (printf "model: %s is a folder; say in kubernetes.model which claim or image holds it" $v.model) -}}
+{{- end -}}
+{{- if dig "lengths" "state_file" "" (default dict $v.router) -}}
+  {{- fail "router.lengths.state_file: a router's pod keeps no files; leave it out" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Replicas of a pool: the lower bound where it is scaled. */}}
+{{- define "suite.replicas" -}}
+{{- $scaling := dig "kubernetes" "pools" .role "autoscaling" dict .root.Values.AsMap -}}
+{{- if $scaling -}}{{ int64 (default 1 $scaling.min_replicas) }}
+{{- else if hasKey .pool "replicas" -}}{{ int64 .pool.replicas }}
+{{- else -}}1{{- end -}}
+{{- end -}}

@@ -1,0 +1,139 @@
+"""The chart's schema is the fleet file's, is current, refuses what is wrong, and is inside the packaged chart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import pytest
+import yaml
+from chart_render import CASES, CHART, ROOT, files, fleet, render
+
+from vllm_suite.cli.main import main
+from vllm_suite.fleet.files import FleetFileError, parse_fleet
+from vllm_suite.fleet.kubernetes import KubernetesSpec
+from vllm_suite.fleet.spec import FleetSpec
+
+
+def test_generated_files_are_current() -> None:
+    assert main(["fleet", "schema", str(CHART), "--check"]) == 0, "run: vllm-suite fleet schema charts/vllm-suite"
+
+
+def test_a_stale_file_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    schema = chart / "values.schema.json"
+    schema.write_text(schema.read_text().replace("replicas", "replica_count"))
+    assert main(["fleet", "schema", str(chart), "--check"]) == 1
+    assert "values.schema.json is not current" in capsys.readouterr().err
+    assert main(["fleet", "schema", str(chart)]) == 0
+    assert main(["fleet", "schema", str(chart), "--check"]) == 0
+
+
+def test_the_command_refuses_a_folder_that_is_no_chart(tmp_path: Path) -> None:
+    assert main(["fleet", "schema", str(tmp_path)]) == 2
+
+
+def test_values_are_the_defaults_of_the_model() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert KubernetesSpec.model_validate(values["kubernetes"]) == KubernetesSpec()
+    assert tuple(values["plugins"]) == FleetSpec.model_fields["plugins"].default
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_a_fleet_file(name: str) -> None:
+    parse_fleet(yaml.safe_dump(CASES[name]))
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "docs/examples").glob("fleet-*.yaml")), ids=lambda path: path.name)
+def test_examples_pass_the_schema(example: Path) -> None:
+    values = yaml.safe_load(example.read_text())
+    if values["model"].startswith("build/"):
+        values["model"] = "org/model"  # a folder of this machine
+    assert render(values)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": (fleet(replicas=3), "replicas"),
+    "unknown key in kubernetes": (fleet(kubernetes={"imge": {}}), "imge"),
+    "text for a number": (fleet(pools={"decode": {"replicas": "many"}}), "replicas"),
+    "no model": ({"pools": {"decode": {}}}, "model"),
+    "unknown plugin": (fleet(plugins=["disag"]), "plugins"),
+    "duration without unit": (fleet(slo={"ttft": "300"}), "ttft"),
+    "nothing decodes": (fleet(pools={"prefill": {}}), "decode or an any"),
+    "encoders without epd": (fleet(pools={"encode": {}, "decode": {}}), "needs? plugin epd|need plugin epd"),
+    "bad quantity": (fleet(kubernetes={"shm_size": "much"}), "shm_size"),
+    "two model sources": (
+        fleet(model="/models/a", kubernetes={"model": {"claim": "a", "image": "b"}}),
+        "claim or image",
+    ),
+    "scaled to less than nothing": (
+        fleet(
+            kubernetes={
+                "pools": {
+                    "decode": {
+                        "autoscaling": {
+                            "kind": "hpa",
+                            "min_replicas": 3,
+                            "max_replicas": 2,
+                            "tokens_per_instance": 1,
+                        }
+                    }
+                }
+            }
+        ),
+        "max_replicas is below",
+    ),
+    "a key is asked for that is not there": (fleet(kubernetes={"keys": {"require_api_key": True}}), "existing_secret"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_are_refused_by_both(name: str) -> None:
+    values, says = WRONG[name]
+    with pytest.raises(helm_python.HelmError, match=says):
+        files(values)
+    with pytest.raises(FleetFileError):
+        parse_fleet(yaml.safe_dump(values))
+
+
+HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
+    "key file": (fleet(router={"auth": {"api_key_file": "/etc/keys"}}), "existing_secret"),
+    "two places for keys": (
+        fleet(router={"auth": {"control_key": "a"}}, kubernetes={"keys": {"existing_secret": "s"}}),
+        "leave them out of router.auth",
+    ),
+    "folder without volume": (fleet(model="/models/a"), "which claim or image"),
+    "folder elsewhere": (fleet(model="/data/a", kubernetes={"model": {"claim": "a"}}), "not below"),
+    "key in the environment": (fleet(env={"VLLM_API_KEY": "a"}), "set by the chart"),
+    "ragged nodes": (
+        fleet(pools={"decode": {"engine": {"tensor_parallel_size": 4, "pipeline_parallel_size": 3}}}),
+        "do not fill nodes",
+    ),
+    "learned lengths": (fleet(router={"lengths": {"state_file": "/a"}}), "keeps no files"),
+}
+
+
+@pytest.mark.parametrize("name", HERE_ONLY)
+def test_what_a_cluster_cannot_have_is_refused(name: str) -> None:
+    values, says = HERE_ONLY[name]
+    parse_fleet(yaml.safe_dump(values))
+    with pytest.raises(helm_python.HelmError, match=says):
+        files(values)
+
+
+def test_an_image_volume_needs_a_cluster_that_has_them() -> None:
+    values = fleet(model="/models/a", kubernetes={"model": {"image": "registry/model:1"}})
+    with pytest.raises(helm_python.HelmError, match=r"1\.33 or later"):
+        files(values, "v1.32.0")
+    assert render(values, "v1.34.0")
+
+
+def test_the_packaged_chart_keeps_its_schema(tmp_path: Path) -> None:
+    package = helm_python.package(str(CHART), destination=str(tmp_path))
+    assert helm_python.Chart.load(package).schema is not None
+    with pytest.raises(helm_python.HelmError, match="replicas"):
+        files(fleet(replicas=3), chart=Path(package))
+    assert files(CASES["large"], chart=Path(package)).keys() == files(CASES["large"]).keys()
