@@ -110,6 +110,7 @@ class Switcher:
         self.door.state = begin(self.state, target, expected_epoch, self._clock(), self.deadlines)
         self.last = Report(self.state.attempt, self.state.role, target)
         self._task = asyncio.create_task(self._run(self.last), name="vllm-suite role switch")
+        self._task.add_done_callback(self._never_in_between)
         return self.last
 
     async def settled(self) -> None:
@@ -121,6 +122,12 @@ class Switcher:
         """The server ends."""
         if self._task is not None:
             self._task.cancel()
+
+    def _never_in_between(self, task: asyncio.Task[None]) -> None:
+        if self.state.phase not in ("serving", "out"):
+            error = None if task.cancelled() else task.exception()
+            _log.error("vllm-suite: the switch ended while it was %s: %r", self.state.phase, error)
+            self.door.state = died(self.state)
 
     async def _run(self, report: Report) -> None:
         before: object = None
