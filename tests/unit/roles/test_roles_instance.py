@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from vllm_suite.roles.gate import PROBE_HEADER, REFUSED_HEADER, STAGE_HEADER, Door, Gate
-from vllm_suite.roles.instance import EngineDied, Report, Settings, SwitchError, Switcher
+from vllm_suite.roles.instance import EngineDied, Report, Settings, Switcher, SwitchError
 from vllm_suite.roles.state import Deadlines, Refused, RoleState
 
 QUICK = Deadlines(closing=0.3, drained=0.3, switching=0.3, verified=0.3, restoring=0.3)

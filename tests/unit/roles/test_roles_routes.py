@@ -224,5 +224,6 @@ def test_limits_of_the_environment(text: str) -> None:
 
 def test_the_probe_has_a_key_of_the_server(make: Any) -> None:
     served = make()
-    engine = RoleEngine(served.core, served.app, SimpleNamespace(api_key=["a", "b"]), "t", served.control._roles.door, parse(""))
+    door = served.control._roles.door
+    engine = RoleEngine(served.core, served.app, SimpleNamespace(api_key=["a", "b"]), "t", door, parse(""))
     assert engine._key == "a"

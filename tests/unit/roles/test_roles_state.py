@@ -51,12 +51,13 @@ class Machine(RuleBasedStateMachine):
     @rule(target_role=ROLES, off=st.integers(-1, 1))
     def ask(self, target_role: str, off: int) -> None:
         old = self.state
+        new, refusal = old, None
         try:
             new = begin(old, target_role, old.epoch + off, self.now, LIMITS)  # type: ignore[arg-type]
-        except Refused as refusal:
-            wanted = (
-                "out" if old.phase == "out" else "busy" if old.phase != "serving" else "stale" if off else "noop"
-            )
+        except Refused as refused:
+            refusal = refused
+        if refusal is not None:
+            wanted = "out" if old.phase == "out" else "busy" if old.phase != "serving" else "stale" if off else "noop"
             assert refusal.reason == wanted
             assert wanted != "noop" or target_role == old.role
             return
