@@ -70,7 +70,7 @@ def test_it_takes_several_looks_in_a_row_and_a_pause() -> None:
     assert times[0] == 15
     # The way back takes four times as long.
     back = fleet([0, 0], [9, 0])
-    assert [t for t in range(6, 80) if one.decide(back, float(t))][0] == 45
+    assert next(t for t in range(6, 80) if one.decide(back, float(t))) == 45
 
 
 def test_roles_are_given_to_those_without_one() -> None:
