@@ -24,11 +24,18 @@ class Counts(Settings):
         return int(getattr(self, role, 0))
 
 
+class Floor(Counts):
+    """Instances that a role keeps."""
+
+    prefill: Number = Field(default=1, description="ready instances that prefill")
+    decode: Number = Field(default=1, description="ready instances that decode")
+
+
 class RolesSpec(Settings):
     """Role switching of the instances in `pools.any`. Nothing switches unless `vllm-suite roles control` runs."""
 
     start: Counts = Field(default=Counts(), description="roles given to instances that have none yet")
-    floor: Counts = Field(default=Counts(prefill=1, decode=1), description="ready instances that a role keeps")
+    floor: Floor = Field(default=Floor(), description="ready instances that a role keeps")
     limits: RoleLimits = Field(default=RoleLimits(), description="vLLM's limits of each role, below those of `engine`")
     rule: Literal["epd"] = Field(default="epd", description="epd: the stage with the longest queue gets an instance")
     every: Seconds = Field(default=1.0, description="seconds between two looks at the fleet")

@@ -112,9 +112,10 @@ class Decider:
         instance = min(movable, key=lambda one: (one.running + one.queue, one.instance_id))
         return Move(instance, switch.target, "rule")
 
-    def _hold(self, why: Held) -> None:
+    def _hold(self, why: Held) -> Move | None:
         self.held = why
         self._asked, self._times = None, 0
+        return None
 
     @staticmethod
     def _stage(role: Literal["prefill", "decode"], able: Sequence[Seen]) -> Stage:

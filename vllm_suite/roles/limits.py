@@ -31,9 +31,9 @@ class RoleLimits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prefill: Limits = Limits()
-    decode: Limits = Limits()
-    any: Limits = Limits()
+    prefill: Limits = Field(default=Limits(), description="instances that prefill")
+    decode: Limits = Field(default=Limits(), description="instances that decode")
+    any: Limits = Field(default=Limits(), description="instances that do both")
 
     def of(self, role: Role) -> dict[str, int]:
         """What differs from the start."""

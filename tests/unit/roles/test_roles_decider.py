@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_suite.planner.simulator.switching import Stage, Switch, epd_rule
-from vllm_suite.roles.config import Counts, RolesSpec
+from vllm_suite.roles.config import RolesSpec
 from vllm_suite.roles.decider import Decider, Move, Seen
 from vllm_suite.roles.rules import goodput_rule
 from vllm_suite.roles.state import Deadlines, RoleState, advance, begin, died, fail, tick
@@ -47,7 +47,7 @@ def test_the_longest_queue_gets_the_instance_with_least_to_do() -> None:
         (fleet([0], [0, 0]), {}, "rule"),
         (fleet([3], [0, 0]), {}, "queue"),
         (fleet([9], [0]), {}, "rule"),  # the rule leaves the last one
-        (fleet([9], [0, 0]), {"floor": Counts(prefill=1, decode=2)}, "floor"),
+        (fleet([9], [0, 0]), {"floor": {"decode": 2}}, "floor"),
         (fleet([9], [0, 0]), {"agree": 2}, "agree"),
         ([*fleet([9], [0, 0]), seen("x", "decode", phase="closing", ready=False)], {}, "switching"),
         ([seen("p0", "prefill", 9), seen("d0", "decode", can=("decode",)), seen("d1", "decode", can=())], {}, "nobody"),

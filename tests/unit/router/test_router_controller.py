@@ -36,12 +36,6 @@ class Changing(Instance):
         deadlines = Deadlines(closing=2, drained=1, switching=1, verified=1, restoring=1)
         self.switcher = Switcher(Door(RoleState(self.role)), self, ("prefill", "decode", "any"), deadlines)  # type: ignore[arg-type]
 
-    async def start(self) -> Instance:
-        await super().start()
-        # The scripted application is frozen by now: a second one on the same port would not do, so the routes are
-        # reached through the state handler's application.
-        return self
-
     async def unfinished(self) -> int:
         return 0
 
@@ -170,9 +164,7 @@ async def test_the_controller_follows_the_load_and_no_request_is_lost(changing, 
 
 
 async def test_dry_run_and_a_fleet_that_is_not_all_known(changing, serve):
-    fleet = [
-        await changing(role, load={"waiting": 9 * (role == "decode")}) for role in ("prefill", "prefill", "decode")
-    ]
+    fleet = [await changing("prefill"), await changing("prefill"), await changing("decode", load={"waiting": 9})]
     router = await serve(fleet, auth=AUTH)
     dry, registry = controller(router, dry_run=True)
     real, _ = controller(router)
@@ -192,9 +184,7 @@ async def test_dry_run_and_a_fleet_that_is_not_all_known(changing, serve):
 
 
 async def test_a_switch_that_fails_is_tried_again_and_leaves_no_hole(changing, serve):
-    fleet = [
-        await changing(role, load={"waiting": 9 * (role == "decode")}) for role in ("prefill", "prefill", "decode")
-    ]
+    fleet = [await changing("prefill"), await changing("prefill"), await changing("decode", load={"waiting": 9})]
     for made in fleet:
         made.wrong = True
     router = await serve(fleet, auth=AUTH)
