@@ -9,7 +9,7 @@ from vllm_disagg.exchange import WorkerReports
 from vllm_disagg.scheduler import SuitePullScheduler
 from vllm_disagg.stats import SuiteKVStats, SuitePromMetrics
 from vllm_disagg.worker import SuitePullWorker
-from vllm_suite.compat import engine_idle
+from vllm_suite.compat import engine_idle, role_limits
 from vllm_suite.compat.nixl import KVConnectorRole, NixlPullConnector
 
 
@@ -37,6 +37,7 @@ class SuiteNixlConnector(NixlPullConnector):
             transfer.kv_role = configured_role
         if role == KVConnectorRole.SCHEDULER:
             engine_idle.install()
+            role_limits.install()
             self.connector_scheduler = SuitePullScheduler(vllm_config, self.engine_id, kv_cache_config, config)
         else:
             self.connector_worker = SuitePullWorker(vllm_config, self.engine_id, kv_cache_config, config)

@@ -15,7 +15,21 @@ from typing import Protocol, cast
 
 from vllm_suite import __version__
 
-VERBS = ("doctor", "demo", "demo-epd", "up", "status", "router", "swiftkv", "epd", "dler", "plan", "calibrate", "fleet")
+VERBS = (
+    "doctor",
+    "demo",
+    "demo-epd",
+    "up",
+    "status",
+    "roles",
+    "router",
+    "swiftkv",
+    "epd",
+    "dler",
+    "plan",
+    "calibrate",
+    "fleet",
+)
 
 EXIT_BAD_ARGUMENTS = 2
 EXIT_INTERRUPTED = 130

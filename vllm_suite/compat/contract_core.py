@@ -7,6 +7,7 @@ from vllm_suite.compat.contracts import Contract
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _PLUGINS = "vllm.plugins"
 _ENDPOINT = "vllm.plugins.endpoint_plugins.interface:EndpointPlugin"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _FACTORY = "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory"
 
 ROWS: tuple[Contract, ...] = (
@@ -87,6 +88,20 @@ ROWS: tuple[Contract, ...] = (
     Contract("vllm.v1.engine.exceptions:EngineDeadError", "class", "what check_health raises"),
     Contract(
         "vllm.v1.engine.async_llm:AsyncLLM.get_num_queued_tokens", "method", "served as waiting_tokens", ("self",)
+    ),
+    # role_limits.py, role_engine.py, role_routes.py
+    Contract(f"{_SCHEDULER}.max_num_scheduled_tokens", "instance", "lowered for a role"),
+    Contract(f"{_SCHEDULER}.max_num_active_reqs", "instance", "lowered for a role"),
+    Contract(f"{_SCHEDULER}.num_spec_tokens", "instance", "tokens that a running request takes of a step"),
+    Contract(f"{_SCHEDULER}.get_num_unfinished_requests", "method", "drained or not", ("self",)),
+    Contract("vllm.config:SchedulerConfig.long_prefill_token_threshold", "attribute", "set for a role"),
+    Contract("vllm.config:SchedulerConfig.enable_chunked_prefill", "attribute", "whether steps may shrink"),
+    Contract("vllm.config:SchedulerConfig.disable_chunked_mm_input", "attribute", "whether steps may shrink"),
+    Contract("vllm.config:ParallelConfig._api_process_count", "attribute", "several API servers do not switch"),
+    Contract("vllm.v1.engine.core:EngineCore.scheduler", "instance", "whose limits change"),
+    Contract("vllm.v1.engine.async_llm:AsyncLLM.output_processor", "instance", "drained or not"),
+    Contract(
+        "vllm.v1.engine.output_processor:OutputProcessor.get_num_unfinished_requests", "method", "drained", ("self",)
     ),
     Contract("vllm.v1.metrics.prometheus:get_prometheus_registry", "function", "where the gauges are", ()),
     Contract("vllm.v1.metrics.loggers", "literal", "gauge read for load", value="vllm:num_requests_running"),

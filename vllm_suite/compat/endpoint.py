@@ -1,5 +1,7 @@
 """``GET /suite/v1/state`` on every instance: who it is, whether it can serve, and how busy it is.
 
+``/suite/v1/role`` is beside it; see :mod:`vllm_suite.compat.role_routes`.
+
 Loaded by vLLM as the endpoint plugin ``vllm_suite_control``. The router asks twice a second, so an answer costs
 a few reads in this process and at most one small call to the engine per half second.
 """
@@ -18,6 +20,7 @@ from vllm_suite import __version__
 from vllm_suite.catalog import ENV_PLUGINS, PLUGINS
 from vllm_suite.compat.allowlist import CONTROL
 from vllm_suite.compat.engine_state import EngineProbe, Load, read_load
+from vllm_suite.compat.role_routes import RoleRoutes
 from vllm_suite.compat.versions import installed_version
 from vllm_suite.identity import identity
 
@@ -47,6 +50,7 @@ class Control:
         self._probe: EngineProbe | None = None
         self._fixed: dict[str, Any] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._roles = RoleRoutes()
 
     def attach_router(self, app: Any) -> None:
         """Add the route. The key is read here, where the app already carries its arguments."""
@@ -55,14 +59,18 @@ class Control:
 
         self._keys = control_keys(getattr(app.state, "args", None))
 
+        def refusal(request: Request) -> JSONResponse | None:
+            if authorized(request.headers.get("Authorization"), self._keys):
+                return None
+            return JSONResponse(UNAUTHORIZED, status_code=401, headers={"WWW-Authenticate": "Bearer"})
+
         async def state(request: Request) -> JSONResponse:
-            if not authorized(request.headers.get("Authorization"), self._keys):
-                return JSONResponse(UNAUTHORIZED, status_code=401, headers={"WWW-Authenticate": "Bearer"})
-            return JSONResponse(await self.state())
+            return refusal(request) or JSONResponse(await self.state())
 
         # The module postpones annotations, and FastAPI resolves them by module globals.
         state.__annotations__ = {"request": Request, "return": JSONResponse}
         app.add_api_route(STATE_PATH, state, methods=["GET"], include_in_schema=False, response_model=None)
+        self._roles.attach(app, refusal, lambda: bool(self._keys))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine client and what does not change. vLLM's render server has no engine: None."""
@@ -79,6 +87,7 @@ class Control:
             "block_size": config.cache_config.block_size,
             "kv_connector": transfer.kv_connector if transfer is not None else None,
         }
+        self._roles.start(engine_client, args, self._fixed["models"][0])
         for name in _selected():
             plugin = PLUGINS.get(name)
             if plugin is not None and plugin.exporter is not None:
@@ -94,8 +103,8 @@ class Control:
         return {
             "instance_id": me.instance_id,
             "epoch": me.epoch,
-            "role": me.role,
-            "ready": status is not None and status.ready,
+            **self._roles.facts(),
+            "ready": status is not None and status.ready and self._roles.door.state.phase == "serving",
             "draining": status is not None and status.paused,
             **self._fixed,
             "vllm": installed_version(),

@@ -7,7 +7,7 @@ from typing import Any
 from vllm_suite.compat.worker_calls import EngineGone
 
 
-async def call_engines(client: Any, method: str) -> dict[int, Any]:
+async def call_engines(client: Any, method: str, *args: Any) -> dict[int, Any]:
     """Results of a method of the engine core, by engine index, for the engines that this API server manages.
 
     An engine answers between two steps. Raises EngineGone for a dead engine and whatever vLLM raises where the method
@@ -17,7 +17,7 @@ async def call_engines(client: Any, method: str) -> dict[int, Any]:
 
     core = client.engine_core
     try:
-        answers = await core.call_utility_all_async(method)
+        answers = await core.call_utility_all_async(method, *args)
     except EngineDeadError as error:
         raise EngineGone from error
     return dict(zip(list(core.engine_ranks_managed), answers, strict=True))

@@ -22,6 +22,7 @@ from vllm_suite.fleet.keys import ENV_CLIENT_KEY, ENV_CONTROL_KEY, ENV_UPSTREAM_
 from vllm_suite.fleet.spec import FleetSpec, Placed, PoolRole
 from vllm_suite.handoff import FLEET_KEY_ENV
 from vllm_suite.identity import ENV_INSTANCE_ID, ENV_ROLE
+from vllm_suite.roles.limits import ENV_LIMITS, RoleLimits
 from vllm_suite.router.config import Membership, StaticTarget
 
 _MEDIA_WORDS = ("vision", "visual", "audio", "image", "img", "video", "mm_")
@@ -172,6 +173,9 @@ def _instance(spec: FleetSpec, one: Placed, engine: EngineSpec, gpus: tuple[str,
         env[ENV_VLLM_KEY] = keys.upstream
     if keys.instance_control:
         env[ENV_CONTROL_KEY] = keys.instance_control
+    limits = spec.roles.limits
+    if one.role == "any" and limits != RoleLimits():
+        env[ENV_LIMITS] = limits.model_dump_json(exclude_none=True)
     return Launch(
         name=one.name,
         role=one.role,

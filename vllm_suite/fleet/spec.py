@@ -16,6 +16,7 @@ from vllm_suite import catalog
 from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
 from vllm_suite.fleet.kubernetes import KubernetesSpec
 from vllm_suite.fleet.units import DurationMs
+from vllm_suite.roles.config import RolesSpec
 from vllm_suite.router.config import RouterConfig
 
 PoolRole = Literal["encode", "prefill", "decode", "any"]
@@ -139,6 +140,7 @@ class FleetSpec(Settings):
     router: RouterConfig = Field(
         default=RouterConfig(), description="settings of the router; `up` fills membership.static"
     )
+    roles: RolesSpec = Field(default=RolesSpec(), description="role switching in `pools.any`; read by `roles control`")
     slo: SloSpec = Field(default=SloSpec(), description="targets per request")
     local: LocalSpec = Field(default=LocalSpec(), description="read by `vllm-suite up` alone")
     kubernetes: KubernetesSpec = Field(default=KubernetesSpec(), description="read by the Helm chart alone")
@@ -163,6 +165,9 @@ class FleetSpec(Settings):
         if not counts.get("decode") and not counts.get("any"):
             alone = "encode" if not counts.get("prefill") else "prefill"
             raise ValueError(f"pools: {alone} instances need a decode or an any instance to hand over to")
+        start, able = self.roles.start, counts.get("any", 0)
+        if start.prefill + start.decode > able:
+            raise ValueError(f"roles.start: {start.prefill} and {start.decode} of the {able} instances in pools.any")
         if counts.get("encode"):
             self._encoders_have_consumers()
         return self

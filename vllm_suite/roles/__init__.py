@@ -1,1 +1,1 @@
-"""The role state machine and its controller. Not landed yet."""
+"""Roles that change while a fleet runs: the state machine, the door and the switch of an instance, the controller."""

@@ -31,6 +31,8 @@ class Blame:
             self._metrics.count("timeouts", failure.stage)
         if kind in ("connect", "disconnect"):
             self._membership.suspect(member)
+        elif kind == "role":
+            self._membership.refused(member)
 
     def for_want_of_items(self, media: Plan | None, member: Member, failure: Failure) -> bool:
         """Whether the instance may have failed for want of encoded items; it gets the media then, and no blame.

@@ -25,6 +25,8 @@ from vllm_suite.router.policies import Demand, make_policy
 from vllm_suite.router.prefill import Prefill
 from vllm_suite.router.relay import Opened, open_answer, relay
 
+_REFUSALS = 3
+
 
 class Chain:
     """Runs jobs; one per router."""
@@ -126,6 +128,7 @@ class Chain:
         member: Member | None = first if first.ready else await self._pick_decode(job, excluded, wait=True)
         failure: Failure = UpstreamFailure("no_instance", "no decode instance is ready", status=503)
         retries = config.recovery.decode_retries
+        refusals: list[Member] = []
         while member is not None:
             metrics.count("picks", "decode", member.instance_id)
             url = member.chat if job.prompt.endpoint == "chat" else member.completions
@@ -161,7 +164,14 @@ class Chain:
             kind = kind_of(failure)
             if kind == "total":
                 break
-            if not self._blame.for_want_of_items(media, member, failure):
+            untouched = kind in ("connect", "role")
+            if kind == "role":
+                # It changes its role and has begun nothing: no attempt. It gets nothing before it has answered a poll;
+                # one that says it is ready and goes on refusing is left alone.
+                refusals.append(member)
+                if refusals.count(member) >= _REFUSALS:
+                    excluded.add(member)
+            elif not self._blame.for_want_of_items(media, member, failure):
                 if not retries:
                     break
                 retries -= 1
@@ -169,11 +179,11 @@ class Chain:
                 # poll. Every other failure rules it out for this request.
                 if kind != "disconnect":
                     excluded.add(member)
-            if reference is not None and kind != "connect":
+            if reference is not None and not untouched:
                 # Decode may have used the reference, and a used one names blocks that may be someone else's.
                 reference = None
                 metrics.count("recoveries", "reference_dropped", kind)
-            member = await self._pick_decode(job, excluded, wait=kind in ("connect", "disconnect"))
+            member = await self._pick_decode(job, excluded, wait=kind in ("connect", "disconnect", "role"))
             if member is not None:
                 metrics.count("recoveries", "decode_retry", kind)
         metrics.count("recoveries", "error", kind_of(failure))

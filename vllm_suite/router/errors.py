@@ -47,7 +47,8 @@ class UpstreamFailure(Exception):
     """An instance gave no usable answer.
 
     `kind` is the metric label: `connect` (the request was never sent), `disconnect`, `timeout`, `protocol`,
-    `status` (then `status` and `body` hold what it answered), `auth`.
+    `role` (it does not do that work now, nothing was begun), `status` (then `status` and `body` hold what it
+    answered), `auth`.
     """
 
     def __init__(self, kind: str, message: str, *, status: int = 502, body: bytes | None = None) -> None:

@@ -45,6 +45,8 @@ class State:
     load: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     ec: ItemChannel | None = None
+    role_epoch: int = 0  # switches of its role since it started
+    phase: str = "serving"  # of a switch; see `vllm_suite.roles.state`
 
 
 class PrefixHistory:
@@ -88,6 +90,8 @@ class Member:
         self.key = hash64(state.instance_id.encode())
         self.suspect = False
         self.reachable = True
+        # When it last refused work that its role does not do: nothing goes to it before a later poll.
+        self.refused_at: float | None = None
         self.outstanding_requests = 0
         self.outstanding_tokens = 0
         self.encode_tokens = 0  # sent to it or waiting for it in the encode stage
@@ -100,7 +104,7 @@ class Member:
     @property
     def ready(self) -> bool:
         """Says it is ready, answered its last poll, and has failed no request since."""
-        return self.state.ready and self.reachable and not self.suspect
+        return self.state.ready and self.reachable and not self.suspect and self.refused_at is None
 
     @property
     def makes_items(self) -> bool:
@@ -199,7 +203,7 @@ class Pool:
         found = [member for member in self._sorted if member.role in roles and member not in excluded]
         able = [member for member in found if member.ready]
         if not able:
-            able = [member for member in found if member.state.ready and not member.suspect]
+            able = [member for member in found if member.state.ready and not (member.suspect or member.refused_at)]
         if model is None or len(able) < 2:
             return able
         serving = [member for member in able if model in member.state.models]

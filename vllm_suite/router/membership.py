@@ -60,6 +60,14 @@ class Membership:
             if watcher.member is member:
                 watcher.wake.set()
 
+    def refused(self, member: Member) -> None:
+        """It does not do that work now: it is changing its role, or has changed it. Ask at once what it is."""
+        member.refused_at = asyncio.get_running_loop().time()
+        self._metrics.member_event("refused")
+        for watcher in self._watchers.values():
+            if watcher.member is member:
+                watcher.wake.set()
+
     async def _discover(self, index: int) -> None:
         source = self._discoveries[index]
         while True:
@@ -123,10 +131,11 @@ class _Watcher:
                 left_s = self._last_good + settings.forget_after_s - loop.time()
                 timeout_s = min(timeout_s, max(left_s, 0.05))
             failed = True
+            asked = loop.time()
             try:
                 state = await self._probe.ask(self._target.url, timeout_s)
                 self._last_good = loop.time()
-                self._good(state)
+                self._good(state, asked)
                 failed = False
             except Gone:
                 self.forget("gone")
@@ -140,7 +149,7 @@ class _Watcher:
             except TimeoutError:
                 pass
 
-    def _good(self, state: State) -> None:
+    def _good(self, state: State, asked: float) -> None:
         member = self.member
         if not state.epoch:
             epoch = member.epoch if member is not None else f"stock-{next(self._made_epochs)}"
@@ -162,9 +171,16 @@ class _Watcher:
             logger.info("admitted %s epoch %s role %s", member.instance_id, member.epoch, role)
             return
         was_ready = member.ready
+        switched = member.role != role
+        if switched:
+            self._metrics.member_event("switched")
+            logger.info("%s is %s now, role epoch %d", member.instance_id, role, state.role_epoch)
         member.state, member.role = state, role
         member.reachable, member.suspect = True, False
-        if member.ready and not was_ready:
+        # An answer to a question asked before the refusal may be older than it.
+        if member.refused_at is not None and member.refused_at <= asked:
+            member.refused_at = None
+        if member.ready and (switched or not was_ready):
             self._pool.notify()
 
     def _silent(self, reason: str) -> None:

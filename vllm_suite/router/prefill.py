@@ -82,7 +82,9 @@ class Prefill:
             except (UpstreamFailure, StageTimeout) as exc:
                 failure = exc
                 self._blame.failed("prefill", member, exc)
-                if not self._blame.for_want_of_items(media, member, exc):
+                if kind_of(exc) == "role":
+                    excluded.add(member)  # it has begun nothing, so this was no attempt
+                elif not self._blame.for_want_of_items(media, member, exc):
                     left -= 1
                     excluded.add(member)
                 continue
@@ -111,7 +113,7 @@ class Prefill:
             del headers["Accept-Encoding"]
         response: aiohttp.ClientResponse | None = None
         try:
-            response = await send(self._session, url, body, headers)
+            response = await send(self._session, url, body, headers, "prefill")
             answer = await read_all(response, limits.prefill_answer_bytes)
         except CLIENT_ERRORS as exc:
             failure = translate(exc, job.guard)

@@ -101,6 +101,7 @@ class SuiteProbe:
             raise Silent(f"state with unknown role {role!r} or models that are no list")
         load = answer.get("load")
         length = answer.get("max_model_len")
+        role_epoch, phase = answer.get("role_epoch"), answer.get("phase")
         return State(
             instance_id=instance_id,
             epoch=epoch,
@@ -111,6 +112,8 @@ class SuiteProbe:
             load=load if isinstance(load, dict) else {},
             versions={name: answer[name] for name in ("vllm", "suite", "kv_connector") if name in answer},
             ec=_item_channel(answer.get("ec")),
+            role_epoch=role_epoch if isinstance(role_epoch, int) else 0,
+            phase=phase if isinstance(phase, str) else "serving",
         )
 
 

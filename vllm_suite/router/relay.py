@@ -59,7 +59,7 @@ async def open_answer(
     response: aiohttp.ClientResponse | None = None
     try:
         guard.enter("first_byte", config.timeouts.first_byte_s)
-        response = await send(session, url, body, headers)
+        response = await send(session, url, body, headers, "decode")
         status, length = response.status, response.content_length
         limit = config.limits.buffered_answer_bytes
         whole = status >= 400 or (length is not None and length <= limit)

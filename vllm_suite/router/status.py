@@ -20,6 +20,8 @@ def _row(member: Member) -> dict[str, object]:
         "instance_id": member.instance_id,
         "epoch": member.epoch,
         "role": member.role,
+        "role_epoch": member.state.role_epoch,
+        "phase": member.state.phase,
         "url": member.url,
         "ready": member.ready,
         "models": member.state.models,

@@ -6,9 +6,11 @@ import asyncio
 import io
 
 import aiohttp
-from multidict import CIMultiDict
+from multidict import CIMultiDict, istr
 from yarl import URL
 
+from vllm_suite.roles.gate import REFUSED, REFUSED_HEADER, STAGE_HEADER
+from vllm_suite.roles.state import Stage
 from vllm_suite.router.config import RouterConfig
 from vllm_suite.router.errors import StageTimeout, UpstreamFailure
 from vllm_suite.router.guard import Guard
@@ -16,6 +18,7 @@ from vllm_suite.router.guard import Guard
 # uvicorn, in front of every vLLM, closes idle connections after 5 s; a request written to a connection that is
 # just being closed is lost.
 KEEPALIVE_S = 4.0
+_STAGE = istr(STAGE_HEADER)
 # Larger bodies go out in pieces, so that one long prompt does not hold the event loop.
 _WHOLE_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
@@ -65,11 +68,21 @@ def translate(exc: BaseException, guard: Guard) -> StageTimeout | UpstreamFailur
 
 
 async def send(
-    session: aiohttp.ClientSession, url: URL, body: bytes, headers: CIMultiDict[str]
+    session: aiohttp.ClientSession, url: URL, body: bytes, headers: CIMultiDict[str], stage: Stage
 ) -> aiohttp.ClientResponse:
-    """POST and wait for the response's head. Raises what `CLIENT_ERRORS` lists, for `translate`."""
+    """POST and wait for the response's head; the instance is told the stage that it is asked for.
+
+    Raises what `CLIENT_ERRORS` lists, for `translate`, and `UpstreamFailure` of kind `role` where the instance does not
+    do that work now: it has begun nothing of the request.
+    """
     data = body if len(body) <= _WHOLE_BYTES else io.BytesIO(body)
-    return await session.post(url, data=data, headers=headers, allow_redirects=False)
+    headers = headers.copy()
+    headers[_STAGE] = stage
+    response = await session.post(url, data=data, headers=headers, allow_redirects=False)
+    if response.status == 503 and response.headers.get(REFUSED_HEADER) == REFUSED:
+        response.release()
+        raise UpstreamFailure("role", f"no instance does {stage} now", status=503)
+    return response
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -111,7 +111,7 @@ async def encode(
     response: aiohttp.ClientResponse | None = None
     try:
         async with asyncio.timeout(timeout_s):
-            response = await send(session, member.chat, body(request, items), headers)
+            response = await send(session, member.chat, body(request, items), headers, "encode")
             answer = await read_all(response, answer_bytes)
     except aiohttp.ClientConnectorError as exc:
         raise UpstreamFailure("connect", "cannot connect to the encoder") from exc

@@ -215,6 +215,8 @@ class Flights:
         except UpstreamFailure as exc:
             if exc.kind in ("connect", "disconnect"):
                 self._membership.suspect(member)
+            elif exc.kind == "role":
+                self._membership.refused(member)
             results = [exc] * len(flights)
         again: list[tuple[Flight, Member]] = []
         for flight, result in zip(flights, results, strict=True):

@@ -1,0 +1,149 @@
+"""`vllm-suite roles`: see the roles of a fleet, set one, or run the controller."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_suite.roles.client import Access
+
+HELP = "show and switch the roles of instances, by hand or by load"
+_POLL_S = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    status = verbs.add_parser("status", help="role, phase and queue of each instance")
+    set_ = verbs.add_parser("set", help="switch one instance, and wait until it has ended")
+    set_.add_argument("instance", help="instance id, as status shows it")
+    set_.add_argument("role", choices=("prefill", "decode", "any"))
+    set_.add_argument("--timeout", type=float, default=200.0, metavar="S", help="to wait (200)")
+    control = verbs.add_parser("control", help="follow the load until interrupted")
+    control.add_argument("fleet", type=Path, help="fleet file; its section `roles` says how")
+    control.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    control.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus series there, on loopback")
+    for verb in (status, set_, control):
+        verb.add_argument("--url", help="the router (default: that of the fleet in --log-dir)")
+        verb.add_argument("--log-dir", type=Path, default=Path("build/fleet"), help="of a fleet here (build/fleet)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where what was asked for is true: a `set` that did not switch gives 1."""
+    from vllm_suite.fleet.files import FleetFileError
+    from vllm_suite.fleet.status import NoFleet
+    from vllm_suite.roles.client import NoAnswer
+    from vllm_suite.router.auth import KeyFileError
+
+    action = {"status": _status, "set": _set, "control": _control}[args.action]
+    try:
+        return asyncio.run(action(args))
+    except (FleetFileError, KeyFileError) as error:
+        print(f"vllm-suite roles: {error}", file=sys.stderr)
+        return 2
+    except (NoFleet, NoAnswer) as error:
+        print(f"vllm-suite roles: {error}", file=sys.stderr)
+        return 1
+
+
+def _access(args: argparse.Namespace) -> Access:
+    from vllm_suite.fleet.files import load_fleet
+    from vllm_suite.fleet.keys import FleetKeys
+    from vllm_suite.fleet.status import local_router
+    from vllm_suite.roles.client import Access
+    from vllm_suite.router.config import Auth
+
+    auth, log_dir = Auth(), args.log_dir
+    if args.action == "control":
+        spec = load_fleet(args.fleet)
+        auth, log_dir = spec.router.auth, spec.local.log_dir
+    keys = FleetKeys.resolve(auth)
+    return Access((args.url or local_router(log_dir)).rstrip("/"), keys.router_control, keys.instance_control)
+
+
+async def _status(args: argparse.Namespace) -> int:
+    import aiohttp
+    from rich.console import Console
+    from rich.table import Table
+
+    from vllm_suite.roles.client import look
+
+    access = _access(args)
+    async with aiohttp.ClientSession() as session:
+        fleet, troubles = await look(session, access)
+    table = Table(title=access.router, title_justify="left", show_edge=False)
+    for name in ("instance", "role", "phase", "epoch", "ready", "running", "waiting", "can be"):
+        table.add_column(name)
+    for one in fleet:
+        numbers = (str(one.role_epoch), "yes" if one.ready else "no", str(one.running), str(one.queue))
+        table.add_row(one.instance_id, one.role, one.phase, *numbers, ", ".join(one.can))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for trouble in troubles:
+        print(f"vllm-suite roles: {trouble}", file=sys.stderr)
+    return 0 if fleet and not troubles and all(one.ready for one in fleet) else 1
+
+
+async def _set(args: argparse.Namespace) -> int:
+    import aiohttp
+
+    from vllm_suite.roles.client import NoAnswer, look, role, switch
+
+    access = _access(args)
+    async with aiohttp.ClientSession() as session:
+        fleet, _ = await look(session, access)
+        found = [one for one in fleet if one.instance_id == args.instance]
+        if not found:
+            known = ", ".join(one.instance_id for one in fleet)
+            raise NoAnswer(f"the router knows no instance {args.instance}; it knows: {known or 'none'}")
+        [one] = found
+        answer = await switch(session, one, args.role, access.instance_key)
+        if answer.get("outcome") != "begun":
+            print(f"{one.instance_id}: {answer.get('outcome', 'refused')}: {answer.get('error')}")
+            return 0 if answer.get("outcome") == "noop" else 1
+        attempt = (answer.get("last") or {}).get("attempt")
+        async with asyncio.timeout(args.timeout):
+            while True:
+                now = await role(session, one.url, access.instance_key)
+                last = now.get("last") or {}
+                if now.get("epoch") != one.epoch or last.get("attempt") != attempt:
+                    raise NoAnswer(f"{one.instance_id} was restarted, or switched by somebody else, meanwhile")
+                if last.get("outcome") is not None:
+                    break
+                await asyncio.sleep(_POLL_S)
+    seconds = ", ".join(f"{phase} {took:.3f} s" for phase, took in last["seconds"].items())
+    changed = ", ".join(f"{name} {old} to {new}" for name, (old, new) in last["changed"].items())
+    print(f"{one.instance_id}: {last['outcome']}: {one.role} to {args.role}; {seconds}")
+    print(f"limits changed: {changed or 'none'}; verified: {', '.join(last['verified']) or 'nothing'}")
+    if last["outcome"] != "switched":
+        print(f"it is {now['role']} and {now['phase']}: {last['reason']}")
+    return 0 if last["outcome"] == "switched" else 1
+
+
+async def _control(args: argparse.Namespace) -> int:
+    import signal
+
+    import aiohttp
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    from vllm_suite.fleet.files import load_fleet
+    from vllm_suite.roles.controller import Controller
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    access, spec = _access(args), load_fleet(args.fleet).roles
+    registry = CollectorRegistry()
+    if args.metrics_port is not None:
+        start_http_server(args.metrics_port, addr="127.0.0.1", registry=registry)
+    controller = Controller(spec, access, registry, dry_run=args.dry_run)
+    async with aiohttp.ClientSession() as session:
+        task = asyncio.create_task(controller.run(session))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    return 0

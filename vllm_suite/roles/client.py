@@ -1,0 +1,131 @@
+"""The control routes of router and instances, as the controller and the command line call them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_suite.identity import ROLES
+from vllm_suite.roles.decider import Seen
+
+if TYPE_CHECKING:
+    import aiohttp
+
+TIMEOUT_S = 2.0
+_MAX_BYTES = 1 << 20
+
+
+class NoAnswer(RuntimeError):
+    """It could not be asked; the text says who and why."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where the router is, and the keys of the control routes there and on the instances."""
+
+    router: str
+    router_key: str | None = None
+    instance_key: str | None = None
+
+
+async def look(session: aiohttp.ClientSession, access: Access) -> tuple[list[Seen], list[str]]:
+    """The instances that the router knows, asked themselves; and what those say of themselves that cannot be used.
+
+    Raises NoAnswer where the router gives none: then nothing is known of the fleet.
+    """
+    rows = (await _get(session, access.router + "/suite/v1/instances", access.router_key)).get("instances")
+    if not isinstance(rows, list):
+        raise NoAnswer(f"{access.router}: no list of instances")
+    urls = [row["url"] for row in rows if isinstance(row, dict) and isinstance(row.get("url"), str)]
+    answers = await asyncio.gather(
+        *(_get(session, url + "/suite/v1/state", access.instance_key) for url in urls), return_exceptions=True
+    )
+    seen: list[Seen] = []
+    troubles: list[str] = []
+    for url, answer in zip(urls, answers, strict=True):
+        if isinstance(answer, dict):
+            one = read(url, answer)
+            if one is not None:
+                seen.append(one)
+            else:
+                troubles.append(f"{url}: its state does not tell its role")
+        elif isinstance(answer, NoAnswer):
+            troubles.append(str(answer))
+        else:
+            raise answer
+    seen.sort(key=lambda one: one.instance_id)
+    return seen, troubles
+
+
+def read(url: str, state: dict[str, Any]) -> Seen | None:
+    """One state document; None where it is not one of an instance that knows about roles."""
+    load = state.get("load") if isinstance(state.get("load"), dict) else {}
+    assert isinstance(load, dict)
+    names, numbers = ("instance_id", "epoch", "role", "phase"), ("role_epoch",)
+    if not all(isinstance(state.get(name), str) for name in names) or state["role"] not in ROLES:
+        return None
+    if not all(type(state.get(name)) is int for name in numbers):
+        return None
+    can = state.get("can")
+    return Seen(
+        instance_id=state["instance_id"],
+        url=url,
+        epoch=state["epoch"],
+        role=state["role"],
+        role_epoch=state["role_epoch"],
+        phase=state["phase"],
+        ready=state.get("ready") is True and state.get("draining") is not True,
+        can=tuple(role for role in can if role in ROLES) if isinstance(can, list) else (),
+        queue=_count(load.get("waiting")),
+        running=_count(load.get("running")),
+    )
+
+
+async def switch(session: aiohttp.ClientSession, one: Seen, target: str, key: str | None) -> dict[str, Any]:
+    """Ask an instance to become `target`, if it is still as it was seen. Its answer; raises NoAnswer."""
+    body = {"role": target, "epoch": one.epoch, "role_epoch": one.role_epoch}
+    return await _call(session, "POST", one.url + "/suite/v1/role", key, body)
+
+
+async def role(session: aiohttp.ClientSession, url: str, key: str | None) -> dict[str, Any]:
+    """What an instance says about its role and its last switch. Raises NoAnswer."""
+    return await _get(session, url + "/suite/v1/role", key)
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+async def _get(session: aiohttp.ClientSession, url: str, key: str | None) -> dict[str, Any]:
+    return await _call(session, "GET", url, key, None)
+
+
+async def _call(session: aiohttp.ClientSession, method: str, url: str, key: str | None, body: Any) -> dict[str, Any]:
+    import aiohttp
+    import msgspec
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        async with session.request(
+            method, url, json=body, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
+            if response.status == 401:
+                raise NoAnswer(f"{url} asks for another key: set VLLM_SUITE_CONTROL_KEY")
+            raw = b""
+            async for piece in response.content.iter_chunked(1 << 16):
+                raw += piece
+                if len(raw) > _MAX_BYTES:
+                    raise NoAnswer(f"{url} answered more than {_MAX_BYTES} bytes")
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise NoAnswer(f"{url} gives no answer: {error or type(error).__name__}") from error
+    try:
+        found = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise NoAnswer(f"{url} answered HTTP {response.status} and no JSON object")
+    if method == "GET" and response.status != 200:
+        raise NoAnswer(f"{url} answered HTTP {response.status}")
+    return found

@@ -1,0 +1,50 @@
+"""The `roles` section of a fleet file: how the controller decides, and the engine's limits by role."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vllm_suite.fleet.engine import Settings
+from vllm_suite.roles.limits import RoleLimits
+
+Number = Annotated[int, Field(ge=0, le=1024)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Counts(Settings):
+    """Instances by role."""
+
+    prefill: Number = Field(default=0, description="instances that prefill")
+    decode: Number = Field(default=0, description="instances that decode")
+
+    def of(self, role: str) -> int:
+        """Of one role; 0 for those that are not named here."""
+        return int(getattr(self, role, 0))
+
+
+class Floor(Counts):
+    """Instances that a role keeps."""
+
+    prefill: Number = Field(default=1, description="ready instances that prefill")
+    decode: Number = Field(default=1, description="ready instances that decode")
+
+
+class RolesSpec(Settings):
+    """Role switching of the instances in `pools.any`. Nothing switches unless `vllm-suite roles control` runs."""
+
+    start: Counts = Field(default=Counts(), description="roles given to instances that have none yet")
+    floor: Floor = Field(default=Floor(), description="ready instances that a role keeps")
+    limits: RoleLimits = Field(default=RoleLimits(), description="vLLM's limits of each role, below those of `engine`")
+    rule: Literal["epd"] = Field(default="epd", description="epd: the stage with the longest queue gets an instance")
+    every: Seconds = Field(default=1.0, description="seconds between two looks at the fleet")
+    agree: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=5, description="looks in a row that have to ask for the same switch"
+    )
+    hold: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        default=30.0, description="seconds after a switch before the next; four times as long before the way back"
+    )
+    least_queue: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="requests that have to wait for a stage before it gets an instance"
+    )

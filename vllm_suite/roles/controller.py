@@ -1,0 +1,121 @@
+"""The controller: one process that looks at the fleet, decides, and asks one instance at a time to switch.
+
+It keeps nothing that matters: the roles are in the instances. If it dies the fleet keeps its roles, and another begins
+with a look. Two of them cannot break a switch (an instance takes one at a time, and only for the epoch that was seen),
+but together they may bring a pool below its floor, so run one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_suite.metrics import CONTROLLER as SPECS
+from vllm_suite.roles.client import Access, NoAnswer, look, switch
+from vllm_suite.roles.config import RolesSpec
+from vllm_suite.roles.decider import ROLES, Decider, Move, Seen
+from vllm_suite.roles.rules import RULES, Policy
+
+if TYPE_CHECKING:
+    import aiohttp
+    from prometheus_client import CollectorRegistry
+
+_log = logging.getLogger("vllm.suite.roles")
+
+
+class Controller:
+    """One fleet.
+
+    Args:
+        rule: in place of the one that the settings name.
+        dry_run: say what would be done, and do nothing.
+    """
+
+    def __init__(
+        self,
+        spec: RolesSpec,
+        access: Access,
+        registry: CollectorRegistry,
+        rule: Policy | None = None,
+        dry_run: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spec = spec
+        self._access = access
+        self._dry_run = dry_run
+        self._clock = clock
+        self._decider = Decider(spec, rule or RULES[spec.rule])
+        self._series = _make(registry)
+        self._troubles: set[str] = set()
+
+    async def run(self, session: aiohttp.ClientSession) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await self.once(session)
+            await asyncio.sleep(self._spec.every)
+
+    async def once(self, session: aiohttp.ClientSession) -> Move | None:
+        """One look, and what was decided after it."""
+        try:
+            fleet, troubles = await look(session, self._access)
+        except NoAnswer as error:
+            self._count("vllm_suite_roles_looks_total", "no_router")
+            self._say({str(error)})
+            return None
+        self._say(set(troubles))
+        self._count("vllm_suite_roles_looks_total", "partial" if troubles else "ok")
+        self._gauges(fleet)
+        if troubles:
+            # One that cannot be asked may be switching just now, or be the last of its pool.
+            return None
+        move = self._decider.decide(fleet, self._clock())
+        if move is None:
+            return None
+        await self._make_move(session, move)
+        return move
+
+    async def _make_move(self, session: aiohttp.ClientSession, move: Move) -> None:
+        what = f"{move.instance.instance_id}: {move.instance.role} to {move.target} ({move.why})"
+        if self._dry_run:
+            _log.info("would switch %s", what)
+            outcome = "dry_run"
+            self._decider.begun(move, self._clock())
+        else:
+            try:
+                answer: dict[str, Any] = await switch(session, move.instance, move.target, self._access.instance_key)
+            except NoAnswer as error:
+                answer = {"outcome": "no_answer", "error": str(error)}
+            outcome = str(answer.get("outcome"))
+            if outcome not in ("begun", "noop", "refused", "no_answer"):
+                outcome = "refused"
+            if outcome in ("begun", "no_answer"):
+                # One that gave no answer may have begun; the pause holds for it too.
+                self._decider.begun(move, self._clock())
+            level = logging.INFO if outcome == "begun" else logging.WARNING
+            _log.log(level, "switch %s: %s %s", what, outcome, answer.get("error") or "")
+        self._series["vllm_suite_roles_moves_total"].labels(move.instance.role, move.target, move.why, outcome).inc()
+
+    def _gauges(self, fleet: list[Seen]) -> None:
+        for role in (*ROLES, "any", "encode"):
+            pool = [one for one in fleet if one.role == role]
+            self._series["vllm_suite_roles_instances"].labels(role).set(sum(one.ready for one in pool))
+            self._series["vllm_suite_roles_queue"].labels(role).set(sum(one.queue for one in pool))
+        self._series["vllm_suite_roles_out"].set(sum(one.phase == "out" for one in fleet))
+
+    def _count(self, name: str, *labels: str) -> None:
+        self._series[name].labels(*labels).inc()
+
+    def _say(self, troubles: set[str]) -> None:
+        for trouble in sorted(troubles - self._troubles):
+            _log.warning("nothing is switched: %s", trouble)
+        self._troubles = troubles
+
+
+def _make(registry: CollectorRegistry) -> dict[str, Any]:
+    from prometheus_client import Counter, Gauge
+
+    kinds = {"counter": Counter, "gauge": Gauge}
+    return {spec.name: kinds[spec.kind](spec.name, spec.help, spec.labels, registry=registry) for spec in SPECS}

@@ -1,0 +1,123 @@
+"""What the controller does about a fleet: pure, from one look to one switch at most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm_suite.identity import Role
+from vllm_suite.roles.config import RolesSpec
+from vllm_suite.roles.rules import Policy, Stage, Switch
+
+ROLES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+BACK = 4
+"""The way back has to wait so many times `hold`."""
+
+Held = Literal["switching", "rule", "queue", "floor", "agree", "hold", "nobody"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One instance at a look. `epoch` and `role_epoch` are what a switch has to name."""
+
+    instance_id: str
+    url: str
+    epoch: str
+    role: Role
+    role_epoch: int
+    phase: str
+    ready: bool
+    can: tuple[str, ...]
+    queue: int
+    running: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """Make `instance` a `target`. `why` is `start` or `rule`."""
+
+    instance: Seen
+    target: Role
+    why: Literal["start", "rule"]
+
+
+class Decider:
+    """One controller's memory. Floors hold for instances that are ready: one that is out counts for nothing."""
+
+    def __init__(self, spec: RolesSpec, rule: Policy) -> None:
+        self._spec = spec
+        self._rule = rule
+        self._asked: Switch | None = None
+        self._times = 0
+        self._last: Switch | None = None
+        self._last_at = float("-inf")
+        self.held: Held | None = None
+
+    def decide(self, fleet: Sequence[Seen], now: float) -> Move | None:
+        """The switch to make now; `held` says why there is none."""
+        move = None
+        self.held = None
+        if any(one.phase not in ("serving", "out") for one in fleet):
+            self.held = "switching"
+        else:
+            able = [one for one in fleet if one.ready and one.phase == "serving"]
+            move = self._start(able) or self._by_rule(able, now)
+        return move
+
+    def begun(self, move: Move, now: float) -> None:
+        """The instance has begun it."""
+        self._asked, self._times = None, 0
+        if move.why == "rule":
+            self._last = Switch(move.instance.role, move.target)
+        self._last_at = now
+
+    def _start(self, able: Sequence[Seen]) -> Move | None:
+        for role in ROLES:
+            if sum(one.role == role for one in able) >= self._spec.start.of(role):
+                continue
+            free = [one for one in able if one.role == "any" and role in one.can]
+            # Until decode has its own, somebody has to take whole requests.
+            others = sum(one.role in ("any", "decode") for one in able)
+            if free and (role == "decode" or others > 1):
+                return Move(free[0], role, "start")
+        return None
+
+    def _by_rule(self, able: Sequence[Seen], now: float) -> Move | None:
+        stages = [self._stage(role, able) for role in ROLES]
+        switch = self._rule(stages, now)
+        if switch is None:
+            return self._hold("rule")
+        asked = next(stage for stage in stages if stage.role == switch.target)
+        source = next(stage for stage in stages if stage.role == switch.source)
+        if asked.queue < self._spec.least_queue:
+            return self._hold("queue")
+        if source.engines <= self._spec.floor.of(switch.source):
+            return self._hold("floor")
+        self._times = self._times + 1 if switch == self._asked else 1
+        self._asked = switch
+        if self._times < self._spec.agree:
+            self.held = "agree"
+            return None
+        wait = self._spec.hold
+        if self._last is not None and (switch.source, switch.target) == (self._last.target, self._last.source):
+            wait *= BACK
+        if now - self._last_at < wait:
+            self.held = "hold"
+            return None
+        movable = [one for one in able if one.role == switch.source and switch.target in one.can]
+        if not movable:
+            return self._hold("nobody")
+        # The one with least to finish is drained soonest.
+        instance = min(movable, key=lambda one: (one.running + one.queue, one.instance_id))
+        return Move(instance, switch.target, "rule")
+
+    def _hold(self, why: Held) -> Move | None:
+        self.held = why
+        self._asked, self._times = None, 0
+        return None
+
+    @staticmethod
+    def _stage(role: Literal["prefill", "decode"], able: Sequence[Seen]) -> Stage:
+        pool = [one for one in able if one.role == role]
+        return Stage(role, sum(one.queue for one in pool), sum(one.running for one in pool), len(pool))
