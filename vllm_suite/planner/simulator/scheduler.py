@@ -41,7 +41,8 @@ class SimulatedScheduler:
         self.cache = PrefixCache(limits.blocks, limits.block_size) if limits.prefix_caching else None
         self._admitted = 0
         # Who says how much an admission leaves free, and blocks that those of this step do.
-        self._reserving = self.waiting if isinstance(self.waiting, Reserving) and not prefill_only else None
+        reserving = self.waiting if isinstance(self.waiting, Reserving) and not prefill_only else None
+        self._reserving: Reserving | None = reserving
         self._spare = 0
         # The job whose prompt did not fit into the budget. There is at most one, and it is the last of the running: it
         # took up the budget, and does so in the following steps, so nobody is admitted after it.
