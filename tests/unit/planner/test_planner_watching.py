@@ -100,7 +100,7 @@ def test_what_cannot_be_watched_is_said(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_report_becomes_a_page(tmp_path: Path) -> None:
     args, case = asked("--space", "tp=1", "kinds=colocated,pd", "seqs=64", "tokens=2048", "idle=no")
     space, sample = space_of(case), case.sample()
-    listed = listing(case, space, sample, args.placement, 1)
+    listed, _ = listing(case, space, sample, args.placement, 1)
     with State(None, case.key(space)) as state:
         result = found_by(args.method, case, space, listed, sample, Effort(processes=1), state)
     found = study(case, result, sample, 1)
