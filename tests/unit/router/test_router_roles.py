@@ -176,7 +176,9 @@ async def test_no_request_is_lost_while_roles_change_again_and_again(switching, 
 
     async def client(index: int) -> list[int]:
         found = []
-        for turn in range(20):
+        for turn in range(1000):  # as long as it takes until roles have changed often enough
+            if turn >= 20 and min(mover.role_epoch for mover in movers) >= 3:
+                break
             stream = bool(turn % 2)
             status, answer = await router.post(body(prompt=[index, turn, *LONG], stream=stream))
             found.append(status if not stream or answer.endswith(b"data: [DONE]\n\n") else 0)
@@ -186,7 +188,8 @@ async def test_no_request_is_lost_while_roles_change_again_and_again(switching, 
     answers = await asyncio.gather(*(client(index) for index in range(6)))
     ends.set()
     await asyncio.gather(*moving)
-    assert [status for found in answers for status in found] == [200] * 120
+    assert min(map(len, answers)) >= 20
+    assert {status for found in answers for status in found} == {200}
     assert min(mover.role_epoch for mover in movers) >= 3
     for one in (a, b, *movers):
         assert len(one.taken) == len(one.seen)
