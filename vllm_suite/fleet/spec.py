@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from vllm_suite import catalog
 from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
 from vllm_suite.fleet.kubernetes import KubernetesSpec
+from vllm_suite.fleet.predicted import PredictedSpec
 from vllm_suite.fleet.units import DurationMs
 from vllm_suite.roles.config import RolesSpec
 from vllm_suite.router.config import RouterConfig
@@ -142,6 +143,9 @@ class FleetSpec(Settings):
     )
     roles: RolesSpec = Field(default=RolesSpec(), description="role switching in `pools.any`; read by `roles control`")
     slo: SloSpec = Field(default=SloSpec(), description="targets per request")
+    predicted: PredictedSpec | None = Field(
+        default=None, description="what `vllm-suite plan` said of this fleet; alerts compare it with what is measured"
+    )
     local: LocalSpec = Field(default=LocalSpec(), description="read by `vllm-suite up` alone")
     kubernetes: KubernetesSpec = Field(default=KubernetesSpec(), description="read by the Helm chart alone")
 

@@ -46,6 +46,17 @@
 {{- if dig "lengths" "state_file" "" (default dict $v.router) -}}
   {{- fail "router.lengths.state_file: a router's pod keeps no files; leave it out" -}}
 {{- end -}}
+{{- range $name := list "ttft" "tpot" -}}
+  {{- $times := get (default dict $v.predicted) $name | default dict -}}
+  {{- range $pair := list (list "p50" "p99") (list "p50_low" "p50") (list "p50" "p50_high") (list "p99_low" "p99") (list "p99" "p99_high") -}}
+    {{- $less := get $times (first $pair) -}}{{- $more := get $times (last $pair) -}}
+    {{- if and $less $more -}}
+      {{- if gt (float64 (include "suite.milliseconds" $less)) (float64 (include "suite.milliseconds" $more)) -}}
+        {{- fail (printf "predicted.%s: %s %s is above %s %s" $name (first $pair) $less (last $pair) $more) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Replicas of a pool: the lower bound where it is scaled. */}}

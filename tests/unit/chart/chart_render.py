@@ -88,6 +88,13 @@ CASES: dict[str, Object] = {
             "decode": {"engine": {"data_parallel_size": 4, "tensor_parallel_size": 2, "enable_prefix_caching": True}},
         },
         slo={"ttft": "1.5s"},
+        predicted={
+            "rate": 8.0,
+            "error": 0.25,
+            "source": "roofline",
+            "ttft": {"p50": "300ms", "p99": "900ms", "p50_low": "0.2s", "p50_high": "700ms"},
+            "tpot": {"p50": "20ms", "p99": "31.5ms"},
+        },
         router={"limits": {"body_bytes": 67108864, "buffered_answer_bytes": 1234567}, "port": 9000},
         kubernetes={
             "rdma": {"resource": "rdma/ib"},

@@ -55,6 +55,18 @@ def test_examples_pass_the_schema(example: Path) -> None:
     assert render(values)
 
 
+def predicting(**times: str) -> dict[str, Any]:
+    """A fleet file whose prediction has these times, and a p50 and p99 that go together."""
+    ttft = {"p50": "2ms", "p99": "1s", **times}
+    return fleet(predicted={"rate": 12.5, "ttft": ttft, "error": 0.1, "source": "roofline"})
+
+
+def test_a_prediction_is_part_of_the_values() -> None:
+    bounds = {"p50_low": "1.5ms", "p50_high": "0.003s", "p99_low": "999999us", "p99_high": "1m"}
+    assert render(predicting(**bounds))
+    assert render(fleet(predicted=None))
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": (fleet(replicas=3), "replicas"),
     "unknown key in kubernetes": (fleet(kubernetes={"imge": {}}), "imge"),
@@ -86,6 +98,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "max_replicas is below",
     ),
+    "unknown key in the prediction": (predicting(p95="3ms"), "p95"),
+    "half of the requests slower than 99 in 100": (predicting(p99="1ms"), "p50 2ms is above p99 1ms"),
+    "a bound on the wrong side": (predicting(p50_high="1.5ms"), "p50 2ms is above p50_high 1.5ms"),
+    "a prediction without its error bar": (fleet(predicted={"rate": 1.0, "source": "a"}), "error"),
     "a key is asked for that is not there": (fleet(kubernetes={"keys": {"require_api_key": True}}), "existing_secret"),
 }
 

@@ -231,3 +231,39 @@ def test_encoders_get_ports_for_their_outputs() -> None:
 
 def test_no_encoder_is_needed_for_an_empty_pool() -> None:
     assert parse_fleet("model: m\npools: {encode: {replicas: 0}, any: {}}\n").plugins == ("disagg",)
+
+
+PREDICTED = """\
+predicted:
+  rate: 13.5
+  ttft: {p50: 174ms, p99: 0.5391s, p50_low: 120ms, p50_high: 400ms}
+  tpot: {p50: 27.7ms, p99: 32ms}
+  error: 0.25
+  source: roofline
+"""
+
+
+def test_a_prediction_comes_back_as_it_was() -> None:
+    spec = parse_fleet(MINIMAL + PREDICTED)
+    assert spec.predicted is not None
+    assert spec.predicted.ttft is not None
+    assert (spec.predicted.ttft.p99, spec.predicted.ttft.p99_low) == (539.1, None)
+    assert parse_fleet(dump_fleet(spec)) == spec
+    assert parse_fleet(MINIMAL).predicted is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("p99: 32ms", "p99: 32", "predicted.tpot.p99: not a duration with a unit"),
+        ("p99: 32ms", "p99: 20ms", "predicted.tpot: p50 27.7ms is above p99 20ms"),
+        ("p50_low: 120ms", "p50_low: 200ms", "predicted.ttft: p50_low 200ms is above p50 174ms"),
+        ("rate: 13.5", "rate: 0", "predicted.rate"),
+        ("error: 0.25", "error: 1", "predicted.error"),
+        ("source:", "sources:", "predicted.sources: unknown key (did you mean 'source'?)"),
+    ],
+)
+def test_a_prediction_that_cannot_be_is_refused(old: str, new: str, says: str) -> None:
+    with pytest.raises(FleetFileError) as caught:
+        parse_fleet(MINIMAL + PREDICTED.replace(old, new))
+    assert says in str(caught.value)
