@@ -60,12 +60,16 @@ class Door:
         return hmac.compare_digest(given, self.probe_key.encode())
 
     def takes(self, stage: Stage | None, probe: bool) -> bool:
-        """Whether a request may come in now; a probe sees the role that is being verified."""
+        """Whether a request may come in now; a probe sees the role that is being verified, and
+        before that the old one."""
         if not probe:
             return self.state.accepts(stage)
-        if self.state.phase == "switching" and stage is not None and self.state.target is not None:
-            return serves(self.state.target, stage)
-        return True
+        if stage is None:
+            return True
+        verifying = self.state.phase in ("switching", "verified") and self.state.target is not None
+        role = self.state.target if verifying else self.state.role
+        assert role is not None
+        return serves(role, stage)
 
 
 class Gate:

@@ -49,8 +49,9 @@ class Engine(Protocol):
     async def set_role(self, role: Role) -> Settings:
         """Set the limits of a role and read them back. Raises `SwitchError` where they are not as they should be."""
 
-    async def probe(self, stage: Stage) -> object:
-        """A request of that stage, served through the API and checked; what it answered, equal each time.
+    async def probe(self, stage: Stage | None) -> object:
+        """A request of that stage, served through the API and checked; what it answered, equal each time. None: one to
+        decode that does not name its stage, which every role answers.
 
         Raises `SwitchError` where the answer is wrong."""
 
@@ -60,7 +61,8 @@ class Engine(Protocol):
 
 @dataclass
 class Report:
-    """One attempt, as it is served. `seconds` by phase; `changed` are the engine's limits, from and to."""
+    """One attempt, as it is served. `seconds` by phase; `changed` are the engine's limits, from and to; `accepts` says
+    of each stage that the two roles treat differently whether a request of it was let in before and after."""
 
     attempt: int
     source: Role
@@ -68,6 +70,7 @@ class Report:
     outcome: Outcome | None = None
     reason: str | None = None
     changed: dict[str, list[int]] = field(default_factory=dict)
+    accepts: dict[Stage, list[bool]] = field(default_factory=dict)
     verified: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -133,7 +136,7 @@ class Switcher:
         before: object = None
         try:
             await self._phase(report, "closing", self._drain)
-            before = await self._phase(report, "drained", self._plain)
+            before = await self._phase(report, "drained", lambda: self._before(report))
             await self._phase(report, "switching", lambda: self._switch(report, before))
             await self._phase(report, "verified", self._alive)
             report.outcome = "switched"
@@ -184,8 +187,11 @@ class Switcher:
         while self.door.running or await self._engine.unfinished():
             await asyncio.sleep(POLL_S)
 
-    async def _plain(self) -> object:
-        return await self._engine.probe("decode")
+    async def _before(self, report: Report) -> object:
+        for stage in STAGES:
+            if serves(report.source, stage) != serves(report.target, stage):
+                report.accepts[stage] = [not await self._engine.refuses(stage)]
+        return await self._engine.probe(None)
 
     async def _alive(self) -> None:
         await self._engine.unfinished()
@@ -198,17 +204,21 @@ class Switcher:
             if stage == "decode" and answer != before:
                 raise SwitchError(f"the same request is answered {answer!r}, and {before!r} before")
             report.verified.append(f"served {stage}")
-        for stage in (stage for stage in STAGES if serves(source, stage) and not serves(target, stage)):
-            if not await self._engine.refuses(stage):
-                raise SwitchError(f"a {stage} request is still taken")
-            report.verified.append(f"refused {stage}")
+        for stage, accepted in report.accepts.items():
+            accepted.append(not await self._engine.refuses(stage))
+            if accepted[1] != serves(target, stage):
+                raise SwitchError(f"a {stage} request is {'still taken' if accepted[1] else 'refused'}")
+            if not accepted[1]:
+                report.verified.append(f"refused {stage}")
+        if not report.changed and not any(before != after for before, after in report.accepts.values()):
+            raise SwitchError(f"nothing has changed: as {source} it took the same requests with the same limits")
 
     def _has(self, stage: Stage) -> bool:
         return stage in self.can
 
     async def _set_back(self, report: Report, before: object) -> None:
         await self._engine.set_role(report.source)
-        if await self._engine.probe("decode") != before:
+        if await self._engine.probe(None) != before:
             raise SwitchError("the same request is answered differently after setting back")
 
 

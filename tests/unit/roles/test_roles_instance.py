@@ -67,9 +67,9 @@ class Scripted:
             raise SwitchError(f"tokens is {self.limits['tokens']}, not {wanted}")
         return Settings(before, dict(self.limits))
 
-    async def probe(self, stage: str) -> object:
-        await self._may_fail(f"probe_{stage}")
-        headers = {STAGE_HEADER: stage, PROBE_HEADER: self.door.probe_key}
+    async def probe(self, stage: str | None) -> object:
+        await self._may_fail(f"probe_{stage or 'plain'}")
+        headers = {**({STAGE_HEADER: stage} if stage else {}), PROBE_HEADER: self.door.probe_key}
         answer = await self.client.post("/v1/completions", headers=headers)
         if answer.status_code != 200:
             raise SwitchError(f"the probe got {answer.status_code}")
@@ -119,6 +119,7 @@ async def test_a_switch_drains_verifies_and_changes_what_is_taken(made: Made) ->
     [report] = reports
     assert report.outcome == "switched"
     assert report.changed == {"tokens": [100, 50]}
+    assert report.accepts == {"prefill": [False, True], "decode": [True, False]}
     assert report.verified == ["served prefill", "refused decode"]
     assert set(report.seconds) == {"closing", "drained", "switching", "verified"}
     assert [(await engine.send(stage)).status_code for stage in ("prefill", "decode", None)] == [200, 503, 200]
@@ -129,12 +130,12 @@ async def test_a_switch_drains_verifies_and_changes_what_is_taken(made: Made) ->
     ("fault", "outcome", "reason"),
     [
         ("hang_unfinished", "back", "closing took longer than 0.3 s"),
-        ("raise_probe_decode", "back", "drained: RuntimeError"),
+        ("raise_probe_plain", "back", "drained: RuntimeError"),
         ("hang_set_prefill", "back", "switching took longer than 0.3 s"),
         ("raise_set_prefill", "back", "switching: RuntimeError"),
         ("deaf", "back", "switching: tokens is 100, not 50"),
         ("raise_probe_prefill", "back", "switching: RuntimeError"),
-        ("raise_refuses_decode", "back", "switching: RuntimeError"),
+        ("raise_refuses_decode", "back", "drained: RuntimeError"),
         ("die_set_prefill", "out", "the engine has ended"),
         ("raise_set_prefill raise_set_decode", "out", "then restoring: RuntimeError"),
         ("raise_set_prefill hang_set_decode", "out", "then restoring took longer"),
@@ -167,6 +168,22 @@ async def test_a_wrong_answer_is_no_success(made: Made) -> None:
     assert "[9], and [1, 2] before" in str(reports[0].reason)
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"), [("any", "nothing has changed: as decode"), ("prefill", "a decode request is still taken")]
+)
+async def test_a_switch_that_does_nothing_is_no_success(
+    made: Made, monkeypatch: pytest.MonkeyPatch, target: Any, reason: str
+) -> None:
+    switcher, engine, reports = made
+    # Behind this door every request comes in, whatever the role.
+    monkeypatch.setattr(Door, "takes", lambda self, stage, probe: True)
+    switcher.begin(target, 0)
+    await switcher.settled()
+    assert reports[0].outcome == "back"
+    assert reason in str(reports[0].reason)
+    assert (switcher.state.role, switcher.state.epoch, engine.limits) == ("decode", 0, {"tokens": 100})
+
+
 async def test_work_that_does_not_end_costs_the_switch_and_no_request(made: Made) -> None:
     switcher, engine, reports = made
     engine.hold.clear()
@@ -193,7 +210,7 @@ async def test_what_is_not_begun(made: Made) -> None:
 
 async def test_a_probe_key_is_needed_to_pass_a_closed_gate(made: Made) -> None:
     switcher, engine, _ = made
-    engine.faults = {"hang_probe_decode"}
+    engine.faults = {"hang_probe_plain"}
     switcher.begin("prefill", 0)
     await asyncio.sleep(0.1)
     assert switcher.state.phase == "drained"

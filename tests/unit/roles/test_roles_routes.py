@@ -114,6 +114,7 @@ async def test_a_switch_from_end_to_end(make: Any) -> None:
     assert (now["role"], now["role_epoch"], now["phase"]) == ("decode", 1, "serving")
     assert now["last"]["changed"] == {"max_num_batched_tokens": [2048, 256]}
     assert now["last"]["verified"] == ["served decode", "refused encode", "refused prefill"]
+    assert now["last"]["accepts"] == {"encode": [True, False], "prefill": [True, False]}
     assert role_limits.read(served.core.scheduler) == {**STARTED, "max_num_batched_tokens": 256}
     for stage, status in (("decode", 200), ("prefill", 503)):
         body = {"prompt": [3], "max_tokens": 1}
