@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from vllm_suite.cli import plan as command
+from vllm_suite.fleet.files import load_fleet
 from vllm_suite.planner.models import load
 from vllm_suite.planner.plan import Plan, PoolPlan
 from vllm_suite.planner.report.command import found_by, listing, space_of
 from vllm_suite.planner.report.html import write_html
+from vllm_suite.planner.report.predicted import of_plan, spec_of
 from vllm_suite.planner.report.question import question
 from vllm_suite.planner.report.study import study
 from vllm_suite.planner.report.watching import Searched, watch_fleet
-from vllm_suite.planner.search.case import Case
+from vllm_suite.planner.search.case import Case, What
 from vllm_suite.planner.search.search import Effort, SearchResult
 from vllm_suite.planner.search.state import State
 from vllm_suite.planner.traces import Workload, item_of
@@ -130,6 +132,35 @@ def test_the_command_watches_and_writes(tmp_path: Path, capsys: pytest.CaptureFi
     assert "shift of rate: 8" in said
     # Two colocated engines are all that there is: the same plan, or one that is not better by enough.
     assert "  keep " in said or "  change to " in said
-    assert fleet.is_file()
+    predicted = load_fleet(fleet).predicted
+    assert predicted is not None
+    assert predicted.tpot is not None
     with pytest.raises(SystemExit):
         parser.parse_args([*words, "--watch", "http://localhost"])
+
+
+def test_a_plan_of_the_watch_is_predicted_at_the_traffic_of_now() -> None:
+    _, case = asked()
+    one, two = (Plan((PoolPlan("any", count),)) for count in (1, 2))
+    light, heavy = (of_plan(plan, 40.0, case) for plan in (two, one))
+    assert light is not None
+    assert heavy is not None
+    assert (light.rate, light.error, light.source) == (40.0, 0.25, "roofline")
+    assert light.tpot is not None
+    assert heavy.tpot is not None
+    assert light.tpot.p50_low is not None
+    assert light.tpot.p50_low < light.tpot.p50 < heavy.tpot.p50
+    assert of_plan(Plan((PoolPlan("any", 1, kv_blocks=2),)), 40.0, case) is None
+    assert of_plan(one, 5000.0, case) is None  # queues only grow
+
+
+def test_queues_that_grow_have_no_upper_bound() -> None:
+    _, case = asked()
+    plan, sample = Plan((PoolPlan("any", 2),)), case.sample()
+    own, slow = (case.outcome(What(plan, 40.0, scale=scale), sample) for scale in (1.0, 1.25))
+    for trend, bounded in (("steady", True), ("growing", False)):
+        found = spec_of(case, 40.0, 0.25, own, None, replace(slow, trend=trend))
+        assert found is not None
+        assert found.ttft is not None
+        assert (found.ttft.p99_high is not None) == bounded
+        assert found.ttft.p99_low is None

@@ -15,6 +15,7 @@ from typing import Any
 from vllm_suite import __version__
 from vllm_suite.planner.plan import Plan, PlanError
 from vllm_suite.planner.report.fleet import fleet_of, fleet_text
+from vllm_suite.planner.report.predicted import of_plan, of_study
 from vllm_suite.planner.report.progress import Bar
 from vllm_suite.planner.report.question import InputError, duration, question
 from vllm_suite.planner.report.study import Study, as_json, study
@@ -63,7 +64,7 @@ def plan(args: argparse.Namespace) -> int:
                 f"{case.cluster.gpus} x {case.cluster.device.name}, step times: {case.source}"]  # fmt: skip
         try:
             spec = fleet_of(result.best.plan, case.setting, case.slo, model=case.name, longest=case.longest,
-                            length_aware=case.dler)  # fmt: skip
+                            length_aware=case.dler, predicted=of_study(found, case))  # fmt: skip
         except InputError.KINDS as error:
             print(f"vllm-suite plan: {args.output}: {error}", file=sys.stderr)
             return 2
@@ -111,7 +112,9 @@ def _watch(args: argparse.Namespace, case: Case, running: Plan) -> int:
     def write(new: Plan, now: Case) -> None:
         if args.output is None:
             return
-        spec = fleet_of(new, now.setting, now.slo, model=now.name, longest=now.longest, length_aware=now.dler)
+        predicted = None if now.rate is None else of_plan(new, now.rate, now)
+        spec = fleet_of(new, now.setting, now.slo, model=now.name, longest=now.longest, length_aware=now.dler,
+                        predicted=predicted)  # fmt: skip
         head = [f"Made by vllm-suite plan {__version__}: {new.name} for {now.workload.name} at {now.rate:.4g}/s"]
         args.output.write_text(fleet_text(spec, head), encoding="utf-8")
         print(f"  wrote {args.output}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_suite.fleet.files import dump_fleet
+from vllm_suite.fleet.predicted import PredictedSpec
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.planner.models import Model, Quantization
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Slo
@@ -24,6 +25,7 @@ def fleet_of(
     longest: int | None = None,
     name: str = "planned",
     length_aware: bool = False,
+    predicted: PredictedSpec | None = None,
 ) -> FleetSpec:
     """The fleet of a plan.
 
@@ -32,6 +34,7 @@ def fleet_of(
         model: checkpoint folder or hub name.
         longest: ``max_model_len``; None leaves it to the model.
         length_aware: plugin `dler`, whose order of waiting requests was simulated.
+        predicted: what requests will see, see `vllm_suite.planner.report.predicted`.
 
     Raises:
         PlanError: formats that vLLM cannot make of the checkpoint.
@@ -59,6 +62,8 @@ def fleet_of(
     }
     if plan.pool("prefill") is not None:
         data["router"] = {"disaggregation": {"min_prompt_tokens": setting.serving.min_prompt_tokens}}
+    if predicted is not None:
+        data["predicted"] = predicted
     return FleetSpec.model_validate(data)
 
 

@@ -21,6 +21,8 @@ RATES = (0.8, 1.2, 2.0)
 LENGTHS = ((0.8, 1.0), (1.2, 1.0), (1.0, 0.8), (1.0, 1.2))
 BEYOND = 1.1
 """How far above its goodput a plan is looked at for what gives way first."""
+WIDEST = 0.9
+"""Error bars are cut here: no step takes less than no time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def study(
     error = case.sources.uncertainty
     colocated, apart = result.best_of("any"), result.best_of("prefill+decode", "encode+any", "encode+prefill+decode")
     finalists = _finalists(result, [each for each in (best, colocated, apart) if each is not None])
-    u = min(error.relative, 0.9)
+    u = min(error.relative, WIDEST)
     plan = best.plan
     roles: list[Role] = [pool.role for pool in plan.pools]
     whats = [What(each.plan, rate, energy=True) for each in finalists]

@@ -1,0 +1,60 @@
+"""One file all the way: `vllm-suite plan` writes it, `up` takes it, the chart renders it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from chart_render import container, find, render
+
+from vllm_suite.cli.main import main
+from vllm_suite.fleet.files import load_fleet
+
+PLAN = ["plan", "--model", "Qwen/Qwen3-0.6B", "--gpus", "2xRTX-4090", "--isl", "200", "--osl", "20", "--ttft", "200ms",
+        "--tpot", "20ms", "--requests", "200", "--processes", "1", "--space", "pp=1", "tp=1", "tokens=2048", "seqs=256",
+        "kinds=pd"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("plan") / "fleet.yaml"
+    assert main([*PLAN, "-o", str(made)]) == 0
+    return made
+
+
+def test_what_was_predicted_is_in_the_file(path: Path) -> None:
+    predicted = load_fleet(path).predicted
+    assert predicted is not None
+    assert predicted.rate > 0
+    assert (predicted.error, predicted.source) == (0.25, "roofline")
+    for times in (predicted.ttft, predicted.tpot):
+        assert times is not None
+        assert times.p50_low is not None
+        assert times.p50_high is not None
+        # A quarter either way and more of it is what the error bar of a step does to a median.
+        assert times.p50_low < 0.8 * times.p50
+        assert times.p50_high > 1.2 * times.p50
+        assert times.p50 <= times.p99
+    assert predicted.ttft is not None
+    assert predicted.ttft.p99 < 200  # the plan holds its targets
+
+
+def test_up_takes_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", str(path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "planned-prefill-0" in said
+    assert "planned-decode-0" in said
+    assert "--max-num-batched-tokens 2048" in said
+
+
+def test_the_chart_renders_it_as_it_is(path: Path) -> None:
+    objects = render(yaml.safe_load(path.read_text()))
+    for role, pool in load_fleet(path).pools.items():
+        workload = find(objects, "Deployment", f"llm-{role}")
+        assert workload["spec"]["replicas"] == pool.replicas
+        args = container(workload)["args"]
+        assert args[args.index("--max-num-batched-tokens") + 1] == "2048"
+    rules = find(objects, "PrometheusRule", "llm")["spec"]["groups"][0]["rules"]
+    late = next(rule for rule in rules if rule["alert"] == "VllmSuiteFirstTokenLate")
+    assert late["expr"].endswith("> 0.2")
