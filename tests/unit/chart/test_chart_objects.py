@@ -221,13 +221,11 @@ def test_monitors_only_where_the_operator_is() -> None:
 def test_alerts_ask_for_series_that_there_are() -> None:
     import re
 
-    from vllm_suite.metrics import KV
-    from vllm_suite.router import metrics as router
+    from vllm_suite.metrics import KV, ROUTER
 
-    known = {f"{router.PREFIX}{one.name}_total" for one in router.COUNTERS}
-    known |= {f"{router.PREFIX}{one.name}_bucket" for one in router.HISTOGRAMS}
-    known |= {router.PREFIX + one.name for one in router.GAUGES}
-    known |= {one.name for one in KV}
+    known = {
+        name + end for name, end in ((spec.name, "_bucket" * (spec.kind == "histogram")) for spec in (*KV, *ROUTER))
+    }
     rules = find(render(CASES["large"]), "PrometheusRule", "llm")["spec"]["groups"][0]["rules"]
     names = {rule["alert"] for rule in rules}
     assert len(names) == 5

@@ -14,8 +14,9 @@ import pytest
 from prometheus_client import generate_latest
 
 from vllm_suite.fleet import pod
+from vllm_suite.metrics import ROUTER
 from vllm_suite.router.members import Pool
-from vllm_suite.router.metrics import COUNTERS, PREFIX, Live, RouterMetrics
+from vllm_suite.router.metrics import Live, RouterMetrics
 
 STATE: dict[str, Any] = {
     "ready": True,
@@ -213,7 +214,7 @@ def test_a_worker_outlives_its_leader(server: Server, monkeypatch: pytest.Monkey
 
 
 def test_series_that_it_reads_are_the_routers() -> None:
-    assert {pod._DECISIONS, pod._RECOVERIES} <= {f"{PREFIX}{one.name}_total" for one in COUNTERS}
+    assert {pod._DECISIONS, pod._RECOVERIES} <= {spec.name for spec in ROUTER}
 
 
 def test_it_starts_without_the_suites_libraries() -> None:

@@ -1,0 +1,55 @@
+"""Series of role switching: of an instance (`ROLES`) and of the controller (`CONTROLLER`)."""
+
+from __future__ import annotations
+
+from vllm_suite.metrics.table import SeriesSpec, one_of
+
+SOURCE = one_of("source", "encode", "prefill", "decode", "any")
+TARGET = one_of("target", "encode", "prefill", "decode", "any")
+ROLE = one_of("role", "encode", "prefill", "decode", "any")
+PHASE = one_of("phase", "closing", "drained", "switching", "verified", "restoring")
+
+# Exported by an instance's API server. Roles, outcomes and phases are those of `vllm_suite.roles.state`.
+ROLES: tuple[SeriesSpec, ...] = (
+    SeriesSpec(
+        "vllm_suite_role_switches_total",
+        "counter",
+        "Attempts to switch the role of this instance, by outcome: switched, back, out.",
+        (
+            SOURCE,
+            TARGET,
+            one_of("outcome", "switched", "back", "out"),
+        ),
+    ),
+    SeriesSpec(
+        "vllm_suite_role_phase_seconds",
+        "histogram",
+        "Seconds that a phase of an attempt took.",
+        (PHASE,),
+        (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
+    ),
+)
+
+# Exported by `vllm-suite roles control`.
+CONTROLLER: tuple[SeriesSpec, ...] = (
+    SeriesSpec("vllm_suite_roles_instances", "gauge", "Ready instances by role.", (ROLE,)),
+    SeriesSpec("vllm_suite_roles_queue", "gauge", "Requests that wait on them.", (ROLE,)),
+    SeriesSpec("vllm_suite_roles_out", "gauge", "Instances that a failed switch left out; they need a restart."),
+    SeriesSpec(
+        "vllm_suite_roles_looks_total",
+        "counter",
+        "Looks at the fleet: ok, partial, no_router.",
+        (one_of("outcome", "ok", "partial", "no_router"),),
+    ),
+    SeriesSpec(
+        "vllm_suite_roles_moves_total",
+        "counter",
+        "Switches asked for, why (start, rule), and the answer: begun, noop, refused, no_answer, dry_run.",
+        (
+            SOURCE,
+            TARGET,
+            one_of("why", "start", "rule"),
+            one_of("outcome", "begun", "noop", "refused", "no_answer", "dry_run"),
+        ),
+    ),
+)

@@ -1,0 +1,145 @@
+"""Series of the router (`ROUTER`)."""
+
+from __future__ import annotations
+
+from vllm_suite.metrics.table import Label, SeriesSpec, one_of, within
+
+PREFIX = "vllm_suite_router_"
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Bounds of the router's histograms of seconds that a request or a part of it takes."""
+
+_STAGE = one_of("stage", "encode", "prefill", "decode")
+_WHILE = one_of("stage", "request", "encode", "prefill", "decode", "stream")
+_TIMED = one_of("stage", "client", "connect", "encode", "first_byte", "idle", "media", "prefill", "total", "wait")
+# Kinds of a failed attempt, and stages whose deadline passed.
+_KINDS = (
+    "auth", "connect", "cut_off", "disconnect", "no_encoder", "no_instance", "no_reference", "not_kept", "not_sliced",
+    "protocol", "queue", "rejected", "role", "status", "timeout", "wrong_reference", "wrong_slices",
+    *(stage for stage in _TIMED.values if stage != "connect"),
+)  # fmt: skip
+_KIND = one_of("kind", *_KINDS)
+_PATH = one_of("path", "direct", "disaggregated")
+_INSTANCE = within("instance", "ids of members; gone with the member")
+_ROLE = one_of("role", "encode", "prefill", "decode", "any")
+_MODALITY = one_of("modality", "image", "video", "audio")
+_WHOLE = (
+    "prefill", "disabled", "short", "no_prefill", "cached", "unparsed", "malformed", "prompt_embeds", "batch",
+    "several_sequences", "beam_search", "prompt_output", "output_limit", "reference_given",
+)  # fmt: skip
+_EVENTS = (
+    "admitted", "discovery_failed", "duplicate", "forgotten", "refused", "restarted", "suspect", "switched",
+    "unreachable",
+)  # fmt: skip
+_STEPS = (
+    "prefill_retry", "prefill_rejected", "decode_alone", "decode_retry", "reference_dropped", "error", "media_sent",
+    "encode_local", "encode_retry", "encode_split",
+)  # fmt: skip
+
+
+def _counter(name: str, text: str, *labels: Label) -> SeriesSpec:
+    return SeriesSpec(f"{PREFIX}{name}_total", "counter", text, labels)
+
+
+def _gauge(name: str, text: str, *labels: Label) -> SeriesSpec:
+    return SeriesSpec(PREFIX + name, "gauge", text, labels)
+
+
+def _seconds(name: str, text: str, *labels: Label, buckets: tuple[float, ...] = SECONDS) -> SeriesSpec:
+    return SeriesSpec(f"{PREFIX}{name}_seconds", "histogram", text, labels, buckets)
+
+
+ROUTER: tuple[SeriesSpec, ...] = (
+    _counter(
+        "requests",
+        "Requests answered, by status code.",
+        one_of("endpoint", "completions", "chat"),
+        within("code", "HTTP status codes; 499: the client left"),
+    ),
+    _counter("decisions", "Whether prefill ran on another instance, and why.", _PATH, one_of("reason", *_WHOLE)),
+    _counter("picks", "Instances chosen.", _STAGE, _INSTANCE),
+    _counter("recoveries", "Steps taken after a failure.", one_of("step", *_STEPS), one_of("reason", *_KINDS)),
+    _counter("upstream_errors", "Failed attempts on instances.", _STAGE, _KIND),
+    _counter("timeouts", "Deadlines passed.", _TIMED),
+    _counter("stream_errors", "Answers that broke off after their first byte.", one_of("reason", *_KINDS)),
+    _counter("client_disconnects", "Clients that left before the end.", _WHILE),
+    _counter(
+        "rejected",
+        "Requests refused by the router itself.",
+        within(
+            "reason",
+            "unauthorized, draining, outstanding, body_too_large, bad_body, and `media_` with a reason of "
+            "the encode stage",
+        ),
+    ),
+    _counter(
+        "stripped",
+        "Fields and headers from outside that were not let through.",
+        one_of(
+            "what",
+            "kv_transfer_params",
+            "ec_transfer_params",
+            "vllm_xargs.kv_transfer_params",
+            "vllm_xargs.ec_transfer_params",
+            "control_header",
+        ),
+    ),
+    _counter("waits", "Requests that waited for a ready instance.", one_of("outcome", "found", "gave_up")),
+    _counter("membership_events", "Changes of membership.", one_of("event", *_EVENTS)),
+    _counter(
+        "lengths",
+        "Answers by whether their length was learned (with `lengths.learn`).",
+        one_of("kind", "exact", "censored", "unknown"),
+    ),
+    _counter(
+        "length_state",
+        "Reads and writes of the file of learned lengths.",
+        one_of("step", "load", "save"),
+        one_of("outcome", "ok", "missing", "failed"),
+    ),
+    _counter(
+        "encode_items",
+        "Media items of requests by what became of them; left: the request ended first.",
+        _MODALITY,
+        one_of("outcome", "kept", "encoded", "local", "failed", "left"),
+    ),
+    _counter("encode_shared_items", "Items that were already being encoded for another request.", _MODALITY),
+    _counter(
+        "encode_slices",
+        "Slices of items by what became of them.",
+        _MODALITY,
+        one_of("outcome", "kept", "encoded", "failed", "left"),
+    ),
+    _counter("encode_tokens", "Encoder tokens demanded, estimated: what encoders are scaled by.", _MODALITY),
+    _counter("encode_bytes", "Media bytes sent to encoders.", _MODALITY),
+    _counter("encode_fetched_bytes", "Media bytes fetched from URLs.", _MODALITY),
+    _counter(
+        "encode_requests",
+        "Requests with media by how their items were provided.",
+        one_of("mode", "encoded", "overlapped", "local"),
+    ),
+    _counter(
+        "encode_probes",
+        "Questions to producers whether they still keep items.",
+        within("outcome", "answered, resting, and how a question failed"),
+    ),
+    _seconds("request", "From the whole request read to the whole answer written.", _PATH),
+    _seconds("first_byte", "From the whole request read to the first byte of the answer.", _PATH),
+    _seconds("prefill", "Prefill attempts that gave a reference."),
+    _seconds("encode_queue", "Items' wait for room on their encoder."),
+    _seconds("encode_call", "Calls to encoders."),
+    _seconds("encode_item", "From an item's booking to its reference or failure, retries included."),
+    _seconds("encode_request", "What the stage took of requests that waited for it."),
+    _seconds("encode_admission", "Fetching, checking and hashing the media of a request."),
+    _gauge("instances", "Members by role and readiness.", _ROLE, one_of("ready", "true", "false")),
+    _gauge("outstanding_requests", "Requests the router has running on an instance.", _INSTANCE, _ROLE),
+    _gauge("outstanding_tokens", "Tokens estimated for them.", _INSTANCE, _ROLE),
+    _gauge("history_chunks", "Prompt chunks remembered of an instance.", _INSTANCE),
+    _gauge("outstanding_encode_tokens", "Encoder tokens sent to an instance or waiting for it.", _INSTANCE, _ROLE),
+    _gauge("encode_tokens_per_second", "Encoder tokens demanded, over about the last half minute."),
+    _gauge("encode_known_items", "Encoded items remembered with where they are kept."),
+    _gauge("requests_in_flight", "Requests inside the router."),
+    _gauge("draining", "1 after SIGTERM."),
+    _gauge("min_prompt_tokens", "Uncached prompt length from which prefill is disaggregated."),
+    _gauge("bytes_per_token", "Learned length of a token in text prompts."),
+)
