@@ -242,7 +242,8 @@ def router_config(spec: FleetSpec, instances: list[Launch]) -> str:
     given = spec.router.membership
     state: Literal["suite", "stock"] = "suite" if spec.plugins else "stock"
     members = Membership.model_validate({**given.model_dump(), "static": (*given.static, *targets), "state": state})
-    config = spec.router.model_copy(update={"membership": members})
+    update = {"membership": members, "slo": spec.slo, "predicted": spec.predicted}
+    config = spec.router.model_copy(update=update)
     data = config.model_dump(mode="json", exclude={"auth": {"api_keys", "upstream_api_key", "control_key"}})
     return yaml.safe_dump(data, sort_keys=False)
 

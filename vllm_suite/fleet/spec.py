@@ -16,6 +16,7 @@ from vllm_suite import catalog
 from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
 from vllm_suite.fleet.kubernetes import KubernetesSpec
 from vllm_suite.fleet.predicted import PredictedSpec
+from vllm_suite.fleet.slo import SloSpec
 from vllm_suite.fleet.units import DurationMs
 from vllm_suite.roles.config import RolesSpec
 from vllm_suite.router.config import RouterConfig
@@ -52,13 +53,6 @@ class Pools(Settings):
             pool: PoolSpec | None = getattr(self, role)
             if pool is not None:
                 yield role, pool
-
-
-class SloSpec(Settings):
-    """What a request should see. Recorded with the fleet; nothing is rejected for it."""
-
-    ttft: DurationMs | None = Field(default=None, description="time to first token, for example 300ms")
-    tpot: DurationMs | None = Field(default=None, description="time per output token after the first")
 
 
 class RestartSpec(Settings):
@@ -156,9 +150,11 @@ class FleetSpec(Settings):
 
     @field_validator("router")
     @classmethod
-    def _one_inline_key(cls, router: RouterConfig) -> RouterConfig:
+    def _router_of_a_file(cls, router: RouterConfig) -> RouterConfig:
         if len(router.auth.api_keys) > 1:
             raise ValueError("auth.api_keys: one key can be given here; put several into api_key_file")
+        if router.slo != SloSpec() or router.predicted is not None:
+            raise ValueError("slo and predicted stand at the top of a fleet file; the router gets them from there")
         return router
 
     @model_validator(mode="after")

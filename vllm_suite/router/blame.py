@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vllm_suite.router.encode.plan import Plan
 from vllm_suite.router.errors import StageTimeout, UpstreamFailure
+from vllm_suite.router.job import Job
 from vllm_suite.router.members import Member
 from vllm_suite.router.membership import Membership
 from vllm_suite.router.metrics import RouterMetrics
@@ -34,12 +34,13 @@ class Blame:
         elif kind == "role":
             self._membership.refused(member)
 
-    def for_want_of_items(self, media: Plan | None, member: Member, failure: Failure) -> bool:
+    def for_want_of_items(self, job: Job, member: Member, failure: Failure) -> bool:
         """Whether the instance may have failed for want of encoded items; it gets the media then, and no blame.
 
         vLLM answers that case with a plain 500. Raises `MediaRefused` where nothing may be encoded locally.
         """
+        media = job.media
         if media is None or kind_of(failure) != "status" or not media.give_up(member):
             return False
-        self._metrics.count("recoveries", "media_sent", "status")
+        self._metrics.recovered("media_sent", "status", member.instance_id, job.rid)
         return True

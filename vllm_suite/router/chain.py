@@ -128,6 +128,7 @@ class Chain:
         member: Member | None = first if first.ready else await self._pick_decode(job, excluded, wait=True)
         failure: Failure = UpstreamFailure("no_instance", "no decode instance is ready", status=503)
         retries = config.recovery.decode_retries
+        failed: Member | None = None
         refusals: list[Member] = []
         while member is not None:
             metrics.count("picks", "decode", member.instance_id)
@@ -153,7 +154,7 @@ class Chain:
                     member.history.add(job.hashes)
                 return await relay(job.request, answer, job.rid, job.guard, config, metrics)
             except (UpstreamFailure, StageTimeout) as exc:
-                failure = exc
+                failure, failed = exc, member
                 self._blame.failed("decode", member, exc)
             finally:
                 member.discharge(tokens)
@@ -171,7 +172,7 @@ class Chain:
                 refusals.append(member)
                 if refusals.count(member) >= _REFUSALS:
                     excluded.add(member)
-            elif not self._blame.for_want_of_items(media, member, failure):
+            elif not self._blame.for_want_of_items(job, member, failure):
                 if not retries:
                     break
                 retries -= 1
@@ -182,9 +183,9 @@ class Chain:
             if reference is not None and not untouched:
                 # Decode may have used the reference, and a used one names blocks that may be someone else's.
                 reference = None
-                metrics.count("recoveries", "reference_dropped", kind)
+                metrics.recovered("reference_dropped", kind, failed.instance_id, job.rid)
             member = await self._pick_decode(job, excluded, wait=kind in ("connect", "disconnect", "role"))
             if member is not None:
-                metrics.count("recoveries", "decode_retry", kind)
-        metrics.count("recoveries", "error", kind_of(failure))
+                metrics.recovered("decode_retry", kind, failed.instance_id, job.rid)
+        metrics.recovered("error", kind_of(failure), failed.instance_id if failed else "", job.rid)
         raise failure

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from vllm_suite.fleet.predicted import PredictedSpec
+from vllm_suite.fleet.slo import SloSpec
 from vllm_suite.lengths import LengthSettings
 from vllm_suite.router.encode.config import Encode
 from vllm_suite.router.settings import Bytes, Count, Seconds
@@ -193,6 +195,10 @@ class RouterConfig(_Settings):
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     auth: Auth = Auth()
+    slo: SloSpec = Field(default=SloSpec(), description="targets shown beside what is measured; nothing is rejected")
+    predicted: PredictedSpec | None = Field(
+        default=None, description="what a plan promised, shown beside what is measured"
+    )
     trust_transfer_params: bool = Field(
         default=False,
         description="let clients send kv_transfer_params and ec_transfer_params; only behind another router",

@@ -55,7 +55,7 @@ class Membership:
         if member.suspect:
             return
         member.suspect = True
-        self._metrics.member_event("suspect")
+        self._metrics.member_event("suspect", member.instance_id)
         for watcher in self._watchers.values():
             if watcher.member is member:
                 watcher.wake.set()
@@ -63,7 +63,7 @@ class Membership:
     def refused(self, member: Member) -> None:
         """It does not do that work now: it is changing its role, or has changed it. Ask at once what it is."""
         member.refused_at = asyncio.get_running_loop().time()
-        self._metrics.member_event("refused")
+        self._metrics.member_event("refused", member.instance_id)
         for watcher in self._watchers.values():
             if watcher.member is member:
                 watcher.wake.set()
@@ -162,18 +162,18 @@ class _Watcher:
             if not state.ready:
                 return  # admitted when it first says it is ready
             if self._pool.get(state.instance_id, state.epoch) is not None:
-                self._metrics.member_event("duplicate")
+                self._metrics.member_event("duplicate", state.instance_id)
                 return
             member = Member(self._target.url, state, role, self._history_chunks)
             self.member = member
             self._pool.admit(member)
-            self._metrics.member_event("admitted")
+            self._metrics.member_event("admitted", member.instance_id)
             logger.info("admitted %s epoch %s role %s", member.instance_id, member.epoch, role)
             return
         was_ready = member.ready
         switched = member.role != role
         if switched:
-            self._metrics.member_event("switched")
+            self._metrics.member_event("switched", member.instance_id)
             logger.info("%s is %s now, role epoch %d", member.instance_id, role, state.role_epoch)
         member.state, member.role = state, role
         member.reachable, member.suspect = True, False
@@ -191,7 +191,7 @@ class _Watcher:
             self.forget(reason)
         elif member.reachable:
             member.reachable = False
-            self._metrics.member_event("unreachable")
+            self._metrics.member_event("unreachable", member.instance_id)
             logger.warning("%s: %s", member.instance_id, reason)
 
     def forget(self, reason: str) -> None:
@@ -200,5 +200,5 @@ class _Watcher:
         if member is None:
             return
         self._pool.forget(member)
-        self._metrics.member_event("restarted" if reason == "restarted" else "forgotten")
+        self._metrics.member_event("restarted" if reason == "restarted" else "forgotten", member.instance_id)
         logger.warning("forgot %s epoch %s: %s", member.instance_id, member.epoch, reason)

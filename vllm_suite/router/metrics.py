@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from vllm_suite.metrics import ROUTER, SeriesSpec
 from vllm_suite.metrics.router import PREFIX
 from vllm_suite.router.members import Pool
+from vllm_suite.router.recent import Recent
 
 _SPECS = {spec.name.removeprefix(PREFIX).removesuffix("_total"): spec for spec in ROUTER}
 _COUNTERS, _HISTOGRAMS, _GAUGES = (
@@ -72,6 +73,7 @@ class RouterMetrics(Collector):
         self._counts: dict[tuple[str, ...], int] = {}
         self._observed: dict[tuple[str, ...], _Observed] = {}
         self.encode_rate = Rate()
+        self.recent = Recent()
         self.registry.register(self)
 
     def count(self, *key: str) -> None:
@@ -90,9 +92,15 @@ class RouterMetrics(Collector):
         observed.counts[bisect_left(observed.bounds, seconds)] += 1
         observed.total += seconds
 
-    def member_event(self, event: str) -> None:
+    def recovered(self, step: str, reason: str, instance: str = "", request: str = "") -> None:
+        """Count a step of recovery, and keep when it was taken: `instance` is the one that failed, `request` an id."""
+        self.count("recoveries", step, reason)
+        self.recent.note("recovery", step, reason, instance, request)
+
+    def member_event(self, event: str, instance: str = "") -> None:
         """Count a change of membership, and drop the counts of instances that are gone."""
         self.count("membership_events", event)
+        self.recent.note("membership", event, "", instance)
         if event == "forgotten":
             known = {member.instance_id for member in self._pool.members}
             for key in [key for key in self._counts if key[0] == "picks" and key[2] not in known]:

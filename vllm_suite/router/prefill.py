@@ -53,6 +53,7 @@ class Prefill:
         body = b"" if media is not None else prefill_body(job.prompt)
         excluded: set[Member] = set()
         failure: Failure = UpstreamFailure("no_instance", "no prefill instance is ready")
+        failed = ""
         job.stage = "prefill"
         left, attempt = 1 + recovery.prefill_retries, 0
         while left:
@@ -63,7 +64,7 @@ class Prefill:
             if member is None:
                 break
             if attempt:
-                metrics.count("recoveries", "prefill_retry", kind_of(failure))
+                metrics.recovered("prefill_retry", kind_of(failure), failed, job.rid)
             attempt += 1
             metrics.count("picks", "prefill", member.instance_id)
             if media is not None:
@@ -77,14 +78,14 @@ class Prefill:
                 if rejection is not None:
                     raise rejection from None
                 # Decode gets the request as it was sent and words the refusal as vLLM does.
-                metrics.count("recoveries", "prefill_rejected", "status")
+                metrics.recovered("prefill_rejected", "status", member.instance_id, job.rid)
                 return None
             except (UpstreamFailure, StageTimeout) as exc:
-                failure = exc
+                failure, failed = exc, member.instance_id
                 self._blame.failed("prefill", member, exc)
                 if kind_of(exc) == "role":
                     excluded.add(member)  # it has begun nothing, so this was no attempt
-                elif not self._blame.for_want_of_items(media, member, exc):
+                elif not self._blame.for_want_of_items(job, member, exc):
                     left -= 1
                     excluded.add(member)
                 continue
@@ -93,14 +94,14 @@ class Prefill:
             metrics.observe(time.perf_counter() - began, "prefill_seconds")
             self._learn(job.prompt, exact)
             if reference is None:
-                metrics.count("recoveries", "decode_alone", "no_reference")
+                metrics.recovered("decode_alone", "no_reference", member.instance_id, job.rid)
             elif job.hashes:
                 member.history.add(job.hashes)
             return reference
         if recovery.prefill_fallback == "error":
-            metrics.count("recoveries", "error", kind_of(failure))
+            metrics.recovered("error", kind_of(failure), failed, job.rid)
             raise failure
-        metrics.count("recoveries", "decode_alone", kind_of(failure))
+        metrics.recovered("decode_alone", kind_of(failure), failed, job.rid)
         return None
 
     async def _once(self, job: Job, member: Member, body: bytes) -> tuple[bytes | None, int]:

@@ -208,7 +208,7 @@ class Flights:
                 self._land(flights[0], exc)
                 return
             # One item spoils the call, or all are too many: each by itself shows which.
-            metrics.count("recoveries", "encode_split", "rejected")
+            metrics.recovered("encode_split", "rejected", member.instance_id)
             for flight in flights:
                 self._start(member, [flight])
             return
@@ -229,7 +229,7 @@ class Flights:
             if other is None or len(flight.tried) > settings.retries or not flight.waiters:
                 self._land(flight, result)
                 continue
-            metrics.count("recoveries", "encode_retry", result.kind)
+            metrics.recovered("encode_retry", result.kind, member.instance_id)
             again.append((flight, other))
         self._send(again)
 

@@ -139,7 +139,7 @@ class EncodeStage:
         for slot in plan.slots.values():
             failure = slot.failure
             if plan.overlapped and isinstance(failure, UpstreamFailure):
-                self._metrics.count("recoveries", "encode_local", failure.kind)
+                self._metrics.recovered("encode_local", failure.kind)
             if plan.gave_up:
                 self._known.drop(slot.item.identity)
             named_otherwise = slot.encoded is not None and slot.encoded.identifier != slot.item.identity
@@ -265,7 +265,7 @@ class EncodeStage:
                 why = f"{slot.item.name}: {failure}"
                 raise MediaRefused(failure.status, "unencoded", why, slot.item.where)
             if sent or any(member.role == "encode" for member in self._pool.members):
-                self._metrics.count("recoveries", "encode_local", failure.kind)
+                self._metrics.recovered("encode_local", failure.kind)
 
     def _outcome(self, slot: Slot, fall_back: bool) -> str:
         """The label of what became of an item: kept, encoded, local, failed, or left under way."""
