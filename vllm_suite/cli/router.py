@@ -72,7 +72,8 @@ def _settings(args: argparse.Namespace) -> RouterConfig:
     put("policies", "decode", args.decode_policy)
     put("disaggregation", "min_prompt_tokens", args.min_prompt_tokens)
     config = RouterConfig.model_validate(data)
-    if not config.membership.static and not config.membership.dns:
+    members = config.membership
+    if not (members.static or members.dns or members.kubernetes):
         raise ValueError("no instances: give --prefill, --decode or --any, or membership in the file")
     return config
 
@@ -83,12 +84,15 @@ def run(args: argparse.Namespace) -> int:
 
     import yaml
 
+    from vllm_suite.kube.client import Kube, NotInCluster
     from vllm_suite.router.auth import KeyFileError, Keys
 
     try:
         config = _settings(args)
         Keys.resolve(config.auth)
-    except (OSError, yaml.YAMLError, KeyFileError, ValueError) as exc:
+        if config.membership.kubernetes and not args.check:
+            Kube.in_cluster()
+    except (OSError, yaml.YAMLError, KeyFileError, NotInCluster, ValueError) as exc:
         print(f"vllm-suite router: {exc}", file=sys.stderr)
         return 2
     if args.check:

@@ -47,11 +47,21 @@ class DnsTarget(_Settings):
     scheme: Literal["http", "https"] = "http"
 
 
+class ServiceTarget(_Settings):
+    """A Kubernetes Service whose ready pods are instances, asked for at the API server."""
+
+    service: str = Field(min_length=1, description="name of a Service in the router's own namespace")
+    port: int = Field(ge=1, le=65_535, description="of the pods")
+    role: Role = Field(default="any", description="used where the instance itself says `any`")
+    scheme: Literal["http", "https"] = "http"
+
+
 class Membership(_Settings):
     """Where instances are looked for, and how their identity and readiness are asked."""
 
     static: tuple[StaticTarget, ...] = ()
     dns: tuple[DnsTarget, ...] = ()
+    kubernetes: tuple[ServiceTarget, ...] = ()
     state: Literal["suite", "stock"] = Field(
         default="suite",
         description="`suite` asks /suite/v1/state; `stock` asks /health and /v1/models of a vLLM without the "

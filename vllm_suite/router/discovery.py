@@ -25,14 +25,17 @@ class Discovery(Protocol):
     """A source of addresses.
 
     `Membership` calls `targets` once at start and then every `interval_s` seconds (never again where that is
-    None) and begins or ends the polling of addresses that came or went. A Kubernetes EndpointSlice watch fits
-    behind the same two names.
+    None) and begins or ends the polling of addresses that came or went. `slices` waits in `targets` for a change.
     """
 
     interval_s: float | None
 
     async def targets(self) -> frozenset[Target]:
         """All addresses now. Raises `DiscoveryError`."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what it holds."""
         ...
 
 
@@ -46,6 +49,9 @@ class StaticDiscovery:
 
     async def targets(self) -> frozenset[Target]:
         return self._targets
+
+    async def close(self) -> None:
+        pass
 
 
 class DnsDiscovery:
@@ -71,9 +77,17 @@ class DnsDiscovery:
             raise DiscoveryError(f"{target.host}: {exc or 'timed out'}") from exc
         return frozenset(Target(f"{target.scheme}://{address[4][0]}:{target.port}", target.role) for address in found)
 
+    async def close(self) -> None:
+        pass
+
 
 def discoveries(settings: Membership) -> list[Discovery]:
-    """The sources that the settings name."""
+    """The sources that the settings name. Raises kube.client.NotInCluster."""
     found: list[Discovery] = [StaticDiscovery(settings.static)] if settings.static else []
     found += [DnsDiscovery(target, settings.dns_interval_s) for target in settings.dns]
+    if settings.kubernetes:
+        from vllm_suite.kube.client import Kube
+        from vllm_suite.router.slices import SliceDiscovery
+
+        found += [SliceDiscovery(Kube.in_cluster(), target) for target in settings.kubernetes]
     return found

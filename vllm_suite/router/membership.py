@@ -49,6 +49,8 @@ class Membership:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for source in self._discoveries:
+            await source.close()
 
     def suspect(self, member: Member) -> None:
         """A request failed on this member's connection: no new work until it has answered a poll."""
