@@ -2,8 +2,9 @@
 
 A run is a folder ``<hardware>_<model>/`` with ``requests.jsonl`` (times of each of 300 requests), ``meta.json`` (the
 engine's arguments) and ``summary.txt`` (what their own simulator predicted); profiles are in ``perf/``. Arrivals and
-lengths are the measured ones, step times come from the profile through `tables`, rules from the simulator. Nothing is
-fitted here; what was known when the link of two RTX PRO 6000 was written down stands in that device's file.
+lengths are the measured ones, prompts repeat each other as in the workload, step times come from the profile through
+`tables`, rules from the simulator. Nothing is fitted here; what was known when the link of two RTX PRO 6000 was written
+down stands in that device's file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.sources.base import LatencySource, SourceError
 from vllm_suite.planner.sources.roofline import RooflineSource
 from vllm_suite.planner.sources.tables import TableSource
+from vllm_suite.planner.validation import shared_prompts
 from vllm_suite.planner.validation.check import Check, not_run, relative
 from vllm_suite.planner.workload import Request
 
@@ -50,6 +52,9 @@ class Run:
         hardware, model: as LLMServingSim calls them.
         engine: vLLM's arguments.
         rows: of each request, in order of arrival at the engine.
+        prefix_caching: vLLM's setting.
+        blocks: of the cache, as vLLM counted them; None where it was not written down.
+        shared: ids of the blocks that each row's prompt begins with; None where nothing is known of its prompts.
         theirs: relative errors of LLMServingSim itself, by quantity; empty where they were not published.
     """
 
@@ -60,6 +65,9 @@ class Run:
     engine: Mapping[str, Any]
     rows: tuple[Mapping[str, Any], ...]
     theirs: Mapping[str, float]
+    prefix_caching: bool = True
+    blocks: int | None = None
+    shared: shared_prompts.Chains | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -74,8 +82,25 @@ class Run:
             kind = "latency" if kind == "Latency" else kind
             theirs[f"{kind} {which.lower()}"] = float(predicted) / float(measured) - 1
         engine = meta["engine_kwargs"]
-        hardware = folder.name.split("_", 1)[0]
-        return cls(folder.name, hardware, meta["model"], str(meta["vllm_version"]), engine, tuple(rows), theirs)
+        cache = meta.get("kv_cache") or {}
+        # vLLM searches its cache for a prompt's beginning unless told otherwise.
+        caching = engine.get("enable_prefix_caching", cache.get("enable_prefix_caching"))
+        shared = shared_prompts.of_run(folder.parent, meta, len(rows))
+        if shared is not None:
+            # Its rows are numbered as the workload's lines.
+            shared = tuple(shared[int(str(row["request_id"]).rpartition("-")[2])] for row in rows)
+        return cls(
+            folder.name,
+            folder.name.split("_", 1)[0],
+            meta["model"],
+            str(meta["vllm_version"]),
+            engine,
+            tuple(rows),
+            theirs,
+            prefix_caching=caching is not False,
+            blocks=cache.get("num_gpu_blocks"),
+            shared=shared,
+        )
 
     @property
     def parallel(self) -> Parallel:
@@ -120,11 +145,25 @@ class Run:
     def predicted(self, source: LatencySource) -> dict[str, float]:
         """The same from the simulator."""
         start, served = self.rows[0]["queued_ts"], list[Served]()
+        shared = self.shared or ((),) * len(self.rows)
         requests = (
-            Request(number, row["queued_ts"] - start, row["input_toks"], row["output_toks"])
-            for number, row in enumerate(self.rows)
+            Request(
+                number,
+                row["queued_ts"] - start,
+                row["input_toks"],
+                row["output_toks"],
+                prefix=prefix,
+                block=shared_prompts.BLOCK,
+            )
+            for number, (row, prefix) in enumerate(zip(self.rows, shared, strict=True))
         )
-        setting = Setting(load(self.base).model, self.quant, self.accelerators, lambda pool: source)
+        setting = Setting(
+            load(self.base).model,
+            self.quant,
+            self.accelerators,
+            lambda pool: source,
+            prefix_caching=self.prefix_caching,
+        )
         engine = self.engine
         pool = PoolPlan(
             "any",
@@ -132,6 +171,8 @@ class Run:
             self.parallel,
             max_num_seqs=int(engine["max_num_seqs"]),
             max_num_batched_tokens=int(engine["max_num_batched_tokens"]),
+            # One of them stands for no block at all.
+            kv_blocks=None if self.blocks is None else self.blocks - 1,
         )
         simulate_plan(Plan((pool,)), setting, requests, served.append)
         return _quantities(
@@ -184,8 +225,8 @@ def checks(data: Path) -> Iterator[Check]:
             others = {"roofline": shapes[what] / measured[what] - 1}
             if what in run.theirs:
                 others["LLMServingSim"] = run.theirs[what]
-            note = "relative errors of the others; " + (
-                f"beyond the profile: {', '.join(outside)}" if outside else "nothing beyond the profile"
-            )
+            beyond = f"beyond the profile: {', '.join(outside)}" if outside else "nothing beyond the profile"
+            prompts = "repeat each other as in the workload" if run.shared else "taken as all different"
+            note = f"relative errors of the others; {beyond}; prompts {prompts}"
             yield relative("L1", f"{run.name}: {what} (s)", ours[what], measured[what],
                            _ORIGIN.format(version=run.version), tolerance, others=others, note=note)  # fmt: skip
