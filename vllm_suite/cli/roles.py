@@ -39,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from vllm_suite.fleet.files import FleetFileError
     from vllm_suite.fleet.status import NoFleet
     from vllm_suite.roles.client import NoAnswer
+    from vllm_suite.roles.predict import PredictError
     from vllm_suite.router.auth import KeyFileError
 
     action = {"status": _status, "set": _set, "control": _control}[args.action]
     try:
         return asyncio.run(action(args))
-    except (FleetFileError, KeyFileError) as error:
+    except (FleetFileError, KeyFileError, PredictError) as error:
         print(f"vllm-suite roles: {error}", file=sys.stderr)
         return 2
     except (NoFleet, NoAnswer) as error:
@@ -133,13 +134,14 @@ async def _control(args: argparse.Namespace) -> int:
 
     from vllm_suite.fleet.files import load_fleet
     from vllm_suite.roles.controller import Controller
+    from vllm_suite.roles.follow import rule_of
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    access, spec = _access(args), load_fleet(args.fleet).roles
+    access, fleet = _access(args), load_fleet(args.fleet)
     registry = CollectorRegistry()
     if args.metrics_port is not None:
         start_http_server(args.metrics_port, addr="127.0.0.1", registry=registry)
-    controller = Controller(spec, access, registry, dry_run=args.dry_run)
+    controller = Controller(fleet.roles, access, registry, rule_of(fleet), dry_run=args.dry_run)
     async with aiohttp.ClientSession() as session:
         task = asyncio.create_task(controller.run(session))
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -21,6 +21,7 @@ from vllm_suite.catalog import ENV_PLUGINS, PLUGINS
 from vllm_suite.compat.allowlist import CONTROL
 from vllm_suite.compat.engine_state import EngineProbe, Load, read_load
 from vllm_suite.compat.role_routes import RoleRoutes
+from vllm_suite.compat.role_work import read_work
 from vllm_suite.compat.versions import installed_version
 from vllm_suite.identity import identity
 
@@ -111,6 +112,7 @@ class Control:
             "suite": __version__,
             "plugins": _selected(),
             "load": load,
+            "work": {"arrived": dict(self._roles.door.arrived), **read_work()} if self._engine is not None else {},
         }
 
 

@@ -35,6 +35,9 @@ CONTROLLER: tuple[SeriesSpec, ...] = (
     SeriesSpec("vllm_suite_roles_instances", "gauge", "Ready instances by role.", (ROLE,)),
     SeriesSpec("vllm_suite_roles_queue", "gauge", "Requests that wait on them.", (ROLE,)),
     SeriesSpec("vllm_suite_roles_out", "gauge", "Instances that a failed switch left out; they need a restart."),
+    SeriesSpec("vllm_suite_roles_demand", "gauge", "Requests per second that come, and those that wait over a window."),
+    SeriesSpec("vllm_suite_roles_goodput", "gauge", "Requests per second within the targets that are predicted now."),
+    SeriesSpec("vllm_suite_roles_goodput_best", "gauge", "The same with the best single switch."),
     SeriesSpec(
         "vllm_suite_roles_looks_total",
         "counter",

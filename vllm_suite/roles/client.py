@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_suite.identity import ROLES
-from vllm_suite.roles.decider import Seen
+from vllm_suite.roles.seen import Seen, Work
 
 if TYPE_CHECKING:
     import aiohttp
@@ -79,6 +79,7 @@ def read(url: str, state: dict[str, Any]) -> Seen | None:
         can=tuple(role for role in can if role in ROLES) if isinstance(can, list) else (),
         queue=_count(load.get("waiting")),
         running=_count(load.get("running")),
+        work=_work(state.get("work")),
     )
 
 
@@ -91,6 +92,14 @@ async def switch(session: aiohttp.ClientSession, one: Seen, target: str, key: st
 async def role(session: aiohttp.ClientSession, url: str, key: str | None) -> dict[str, Any]:
     """What an instance says about its role and its last switch. Raises NoAnswer."""
     return await _get(session, url + "/suite/v1/role", key)
+
+
+def _work(found: Any) -> Work | None:
+    if not isinstance(found, dict) or not isinstance(found.get("arrived"), dict):
+        return None
+    arrived = {str(stage): _count(count) for stage, count in found["arrived"].items()}
+    names = ("finished", "prompt_tokens", "output_tokens", "generated")
+    return Work(arrived, *(_count(found.get(name)) for name in names))
 
 
 def _count(value: object) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_suite.fleet.engine import Settings
 from vllm_suite.roles.limits import RoleLimits
@@ -31,13 +31,34 @@ class Floor(Counts):
     decode: Number = Field(default=1, description="ready instances that decode")
 
 
+class PredictSpec(Settings):
+    """Where the goodput rule takes its predictions from. The targets are those of `slo`."""
+
+    hardware: str = Field(min_length=1, description="as for `vllm-suite plan --gpus`, for example 8xH100")
+    source: str = Field(
+        default="roofline", description="of step times, as for `plan --source`: `roofline`, `calibrated=FILE`, ..."
+    )
+    attainment: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.9, description="share of requests that are to meet `slo`"
+    )
+    window: Seconds = Field(default=30.0, description="seconds of traffic that are looked at")
+    horizon: Seconds = Field(default=300.0, description="seconds for which the traffic is expected to stay as it is")
+    least_gain: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.05, description="gain that a switch has to bring after its cost, as a share of the goodput there is"
+    )
+
+
 class RolesSpec(Settings):
     """Role switching of the instances in `pools.any`. Nothing switches unless `vllm-suite roles control` runs."""
 
     start: Counts = Field(default=Counts(), description="roles given to instances that have none yet")
     floor: Floor = Field(default=Floor(), description="ready instances that a role keeps")
     limits: RoleLimits = Field(default=RoleLimits(), description="vLLM's limits of each role, below those of `engine`")
-    rule: Literal["epd"] = Field(default="epd", description="epd: the stage with the longest queue gets an instance")
+    rule: Literal["epd", "goodput"] = Field(
+        default="epd",
+        description="epd: the stage with the longest queue gets an instance; goodput: the planner's prediction decides",
+    )
+    predict: PredictSpec | None = Field(default=None, description="for rule goodput")
     every: Seconds = Field(default=1.0, description="seconds between two looks at the fleet")
     agree: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=5, description="looks in a row that have to ask for the same switch"
@@ -46,5 +67,11 @@ class RolesSpec(Settings):
         default=30.0, description="seconds after a switch before the next; four times as long before the way back"
     )
     least_queue: Annotated[int, Field(ge=1)] = Field(
-        default=4, description="requests that have to wait for a stage before it gets an instance"
+        default=4, description="requests that have to wait for a stage before it gets an instance; for rule epd"
     )
+
+    @model_validator(mode="after")
+    def _can_predict(self) -> RolesSpec:
+        if self.rule == "goodput" and self.predict is None:
+            raise ValueError("rule goodput needs `predict`: say at least {hardware: 8xH100}, or what it is")
+        return self

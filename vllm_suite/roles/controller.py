@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_suite.metrics import CONTROLLER as SPECS
 from vllm_suite.roles.client import Access, NoAnswer, look, switch
 from vllm_suite.roles.config import RolesSpec
-from vllm_suite.roles.decider import ROLES, Decider, Move, Seen
-from vllm_suite.roles.rules import RULES, Policy
+from vllm_suite.roles.decider import ROLES, Decider, Move
+from vllm_suite.roles.follow import Follow, Rule
+from vllm_suite.roles.seen import Seen
 
 if TYPE_CHECKING:
     import aiohttp
@@ -30,7 +31,7 @@ class Controller:
     """One fleet.
 
     Args:
-        rule: in place of the one that the settings name.
+        rule: that decides; EPD's where it is left out.
         dry_run: say what would be done, and do nothing.
     """
 
@@ -39,7 +40,7 @@ class Controller:
         spec: RolesSpec,
         access: Access,
         registry: CollectorRegistry,
-        rule: Policy | None = None,
+        rule: Rule | None = None,
         dry_run: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -47,7 +48,8 @@ class Controller:
         self._access = access
         self._dry_run = dry_run
         self._clock = clock
-        self._decider = Decider(spec, rule or RULES[spec.rule])
+        self._rule = rule or Follow()
+        self._decider = Decider(spec, self._rule)
         self._series = _make(registry)
         self._troubles: set[str] = set()
 
@@ -67,11 +69,14 @@ class Controller:
             return None
         self._say(set(troubles))
         self._count("vllm_suite_roles_looks_total", "partial" if troubles else "ok")
+        now = self._clock()
+        self._rule.see(fleet, now)
         self._gauges(fleet)
         if troubles:
             # One that cannot be asked may be switching just now, or be the last of its pool.
             return None
-        move = self._decider.decide(fleet, self._clock())
+        move = self._decider.decide(fleet, now)
+        self._foreseen()
         if move is None:
             return None
         await self._make_move(session, move)
@@ -104,6 +109,10 @@ class Controller:
             self._series["vllm_suite_roles_instances"].labels(role).set(sum(one.ready for one in pool))
             self._series["vllm_suite_roles_queue"].labels(role).set(sum(one.queue for one in pool))
         self._series["vllm_suite_roles_out"].set(sum(one.phase == "out" for one in fleet))
+
+    def _foreseen(self) -> None:
+        for name, value in self._rule.figures().items():
+            self._series[f"vllm_suite_roles_{name}"].set(value)
 
     def _count(self, name: str, *labels: str) -> None:
         self._series[name].labels(*labels).inc()

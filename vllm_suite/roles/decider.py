@@ -9,28 +9,13 @@ from typing import Literal
 from vllm_suite.identity import Role
 from vllm_suite.roles.config import RolesSpec
 from vllm_suite.roles.rules import Policy, Stage, Switch
+from vllm_suite.roles.seen import Seen
 
 ROLES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
 BACK = 4
 """The way back has to wait so many times `hold`."""
 
 Held = Literal["switching", "rule", "queue", "floor", "agree", "hold", "nobody"]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One instance at a look. `epoch` and `role_epoch` are what a switch has to name."""
-
-    instance_id: str
-    url: str
-    epoch: str
-    role: Role
-    role_epoch: int
-    phase: str
-    ready: bool
-    can: tuple[str, ...]
-    queue: int
-    running: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ class Decider:
             return self._hold("rule")
         asked = next(stage for stage in stages if stage.role == switch.target)
         source = next(stage for stage in stages if stage.role == switch.source)
-        if asked.queue < self._spec.least_queue:
+        if self._spec.rule == "epd" and asked.queue < self._spec.least_queue:
             return self._hold("queue")
         if source.engines <= self._spec.floor.of(switch.source):
             return self._hold("floor")

@@ -39,6 +39,7 @@ class Door:
 
     Attributes:
         state: of the instance.
+        arrived: requests let in since the start, by stage.
         inside: requests between their arrival and the end of their answer, by stage; `unknown` where they did not say.
         refused: requests refused since the start.
         probe_key: opens the gate for requests of the switch itself, which count for nothing.
@@ -47,6 +48,7 @@ class Door:
     def __init__(self, state: RoleState) -> None:
         self.state = state
         self.inside: dict[str, int] = {"encode": 0, "prefill": 0, "decode": 0, "unknown": 0}
+        self.arrived = dict(self.inside)
         self.refused = 0
         self.probe_key = secrets.token_hex(16)
 
@@ -94,6 +96,7 @@ class Gate:
             return
         name = stage or "unknown"
         door.inside[name] += 1
+        door.arrived[name] += 1
         try:
             await self._app(scope, receive, send)
         finally:

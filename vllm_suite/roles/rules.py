@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from vllm_suite.planner.plan import Role
 from vllm_suite.planner.simulator.switching import Policy, Stage, Switch, epd_rule
 
-__all__ = ["RULES", "Policy", "Stage", "Switch", "goodput_rule"]
-
-RULES: dict[str, Policy] = {"epd": epd_rule}
+__all__ = ["Policy", "Stage", "Switch", "epd_rule", "goodput_rule"]
 
 Predict = Callable[[Mapping[Role, int]], float]
 """Goodput in requests a second of so many engines by role, under the load there is."""

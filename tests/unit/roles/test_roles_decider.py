@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from vllm_suite.planner.simulator.switching import Stage, Switch, epd_rule
 from vllm_suite.roles.config import RolesSpec
-from vllm_suite.roles.decider import Decider, Move, Seen
+from vllm_suite.roles.decider import Decider, Move
 from vllm_suite.roles.rules import goodput_rule
+from vllm_suite.roles.seen import Seen
 from vllm_suite.roles.state import Deadlines, RoleState, advance, begin, died, fail, tick
 
 CAN = ("prefill", "decode", "any")
