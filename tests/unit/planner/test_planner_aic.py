@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,8 @@ def test_other_models_and_engines_of_those_runs(tmp_path: Path) -> None:
 
 @needed
 def test_a_closed_loop_at_aiconfigurators_batch(tables: AicTables) -> None:
-    from vllm_suite.planner.validation.aic import alone, closed_loop, read
+    from vllm_suite.planner.validation.aic import alone, by_its_rules, closed_loop
+    from vllm_suite.planner.validation.aic_answer import read
 
     path = DATA / "measured" / "aiconfigurator" / "qwen3-32b_h200_vllm_8g.txt"
     if not path.is_file():
@@ -257,6 +259,11 @@ def test_a_closed_loop_at_aiconfigurators_batch(tables: AicTables) -> None:
     ttft, tpot = alone(engines[1], engines[4], two, 4000, 500)
     assert ttft * 1.1 * 1.8 == pytest.approx(two.ttft, rel=0.02)
     assert tpot * 1.08 == pytest.approx(two.tpot, rel=0.02)
+    # By its own rules prefill is what limits two pools: 4 prompts a time, times 0.9 / 1.1, and one pool gives more.
+    ours = by_its_rules(two, engines.__getitem__, answer, 64)
+    assert ours == pytest.approx(two.tokens, rel=0.02)
+    assert by_its_rules(best, engines.__getitem__, answer, 64) == pytest.approx(best.tokens, rel=0.03)
+    assert by_its_rules(two, engines.__getitem__, replace(answer, ttft=700.0), 64) == 0.0
 
 
 @needed

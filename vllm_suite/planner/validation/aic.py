@@ -3,15 +3,13 @@
 AIConfigurator knows no arrivals: it costs one shape of request at a concurrency. Its one pool is compared as a closed
 loop, each engine with as many requests as its batch, all from the start, a new one for each that completes. Its two
 pools are costed apart: the prefill engine alone with one batch of prompts, the decode engine alone with its own, each
-times its corrections; so they are here. Who wins is decided by the fleet simulator with evenly spaced requests, at the
-highest rate that keeps both targets.
+times its corrections; so they are here. Who wins is asked twice: by its own rules on these step times, and of the fleet
+simulator with evenly spaced requests, at the highest rate that keeps both targets.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 
 from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.models import Model, Parallel, Quantization, load
-from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
+from vllm_suite.planner.plan import Plan, PlanError
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.engine import Engine, Limits
 from vllm_suite.planner.simulator.fleet import simulate_plan
@@ -30,6 +28,7 @@ from vllm_suite.planner.sources.aic import AicSource
 from vllm_suite.planner.sources.aic_tables import AicTables
 from vllm_suite.planner.sources.base import LatencySource, SourceError
 from vllm_suite.planner.sources.steps import Steps
+from vllm_suite.planner.validation.aic_answer import Answer, Choice, read
 from vllm_suite.planner.validation.check import Check, Verdict, not_run, relative
 from vllm_suite.planner.workload import Request
 
@@ -44,79 +43,11 @@ DISPATCH_US = 800.0
 PREFILL, QUEUE, DECODE = 1.1, 1.8, 1.08
 """What it multiplies the times of engines of two pools by: prefill, waiting for it, decode."""
 
+PREFILL_RATE, DECODE_RATE = 0.9, 0.92
+"""What is left of their rates where it matches both pools."""
+
 _ROUNDS = 8
 _ORIGIN = "AIConfigurator 0.12.0, vLLM 0.24.0 tables"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One row of its answer: per-GPU tokens/s, milliseconds, and the engines as (count, tp, batch)."""
-
-    tokens: float
-    ttft: float
-    tpot: float
-    engines: tuple[tuple[int, int, int], ...]
-
-    @property
-    def plan(self) -> Plan:
-        """As the planner has it."""
-        if len(self.engines) == 1:
-            count, tp, _ = self.engines[0]
-            return Plan((PoolPlan("any", count, Parallel(tp=tp)),))
-        (prefill, wide, _), (decode, narrow, _) = self.engines
-        return Plan(
-            (
-                PoolPlan("prefill", prefill, Parallel(tp=wide)),
-                PoolPlan("decode", decode, Parallel(tp=narrow), max_num_seqs=512),
-            )
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Of one case: the workload, its targets in ms, and the rows of both kinds, best first."""
-
-    isl: int
-    osl: int
-    ttft: float
-    tpot: float
-    winner: str
-    rows: Mapping[str, tuple[Choice, ...]]
-
-
-def read(path: Path) -> Answer:
-    """AIConfigurator's printed answer. Raises ValueError for a file that is none."""
-    text = path.read_text(encoding="utf-8")
-    asked = re.search(r"ISL=(\d+), OSL=(\d+), TTFT=([\d.]+)ms, TPOT=([\d.]+)ms", text)
-    chosen = re.search(r"Best Experiment Chosen: (\w+) at", text)
-    if asked is None or chosen is None:
-        raise ValueError(f"{path}: not an answer of `aiconfigurator cli default`")
-    rows: dict[str, tuple[Choice, ...]] = {}
-    for kind in ("agg", "disagg"):
-        found, at = [], text.find(f"\n{kind} Top Configurations")
-        lines = text[at:].split("\n\n")[0].splitlines() if at >= 0 else []
-        table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-        for cells in table[1:]:
-            row = dict(zip(table[0], cells, strict=True))
-            found.append(_choice(row))
-        rows[kind] = tuple(found)
-    isl, osl, ttft, tpot = asked.groups()
-    return Answer(int(isl), int(osl), float(ttft), float(tpot), chosen[1], rows)
-
-
-def _choice(row: Mapping[str, str]) -> Choice:
-    def tp(cell: str) -> int:
-        return int(re.sub(r"\D.*", "", cell.removeprefix("tp")))
-
-    replicas, engines = int(row["replicas"]), []
-    if "bs" in row:
-        engines.append((replicas, tp(row["parallel"]), int(row["bs"])))
-    else:
-        for side in ("(p)", "(d)"):
-            count = replicas * int(row[f"{side}workers"])
-            engines.append((count, tp(row[f"{side}parallel"]), int(row[f"{side}bs"])))
-    tpot = 1000.0 / float(row["tokens/s/user"])
-    return Choice(float(row["tokens/s/gpu"]), float(row["TTFT"]), tpot, tuple(engines))
 
 
 def closed_loop(source: LatencySource, batch: int, isl: int, osl: int, apart_s: float = 0.0) -> tuple[float, float]:
@@ -149,6 +80,37 @@ def alone(prefill: LatencySource, decode: LatencySource, choice: Choice, isl: in
     steps = np.arange(1, osl)
     rows = Steps(decode_sequences=np.full(osl - 1, sequences), decode_context=sequences * (isl + steps))
     return first * 1e3, float(decode.seconds(rows).mean()) * 1e3
+
+
+def one_pool(source: LatencySource, batch: int, answer: Answer, layers: int) -> tuple[float, float]:
+    """TTFT and TPOT in ms of an engine of one pool with so many requests, its host time included."""
+    ttft, tpot = closed_loop(source, batch, answer.isl, answer.osl)
+    return ttft + DISPATCH_US * 1e-3 * layers, tpot
+
+
+def two_pools(prefill: LatencySource, decode: LatencySource, choice: Choice, answer: Answer) -> tuple[float, float]:
+    """TTFT and TPOT in ms of both engines, with its corrections."""
+    ttft, tpot = alone(prefill, decode, choice, answer.isl, answer.osl)
+    return ttft * PREFILL * QUEUE, tpot * DECODE
+
+
+def by_its_rules(choice: Choice, source: Callable[[int], LatencySource], answer: Answer, layers: int) -> float:
+    """Output tokens a second and GPU of a row as it costs one; 0 outside the targets.
+
+    One pool gives what a closed loop gives. Two pools give the lower of both pools' rates, each less its share.
+    """
+    if len(choice.engines) == 1:
+        ((count, tp, batch),) = choice.engines
+        ttft, tpot = one_pool(source(tp), batch, answer, layers)
+        rate = count * batch * 1e3 / (ttft + (answer.osl - 1) * tpot)
+    else:
+        (prefills, wide, prompts), (decodes, narrow, sequences) = choice.engines
+        ttft, tpot = two_pools(source(wide), source(narrow), choice, answer)
+        rate = min(
+            PREFILL_RATE * prefills * prompts * QUEUE * 1e3 / ttft,
+            DECODE_RATE * decodes * sequences * 1e3 / (tpot * answer.osl),
+        )
+    return rate * answer.osl / choice.plan.gpus if ttft <= answer.ttft and tpot <= answer.tpot else 0.0
 
 
 def capacity(plan: Plan, setting: Setting, answer: Answer) -> float:
@@ -200,16 +162,14 @@ def _case(what: str, answer: Answer, model: Model, quant: Quantization, tables: 
 
     best = answer.rows[answer.winner][0]
     name = f"{what}, {answer.isl}/{answer.osl}, {best.plan.name}"
+    layers = len(model.layers)
     if answer.winner == "agg":
         _, tp, batch = best.engines[0]
-        ttft, tpot = closed_loop(source(tp), batch, answer.isl, answer.osl)
-        host = DISPATCH_US * 1e-3 * len(model.layers)
-        note = f"closed loop {ttft:.0f} ms, and its own host time of {host:.0f} ms a request"
-        ttft += host
+        ttft, tpot = one_pool(source(tp), batch, answer, layers)
+        note = f"closed loop, with its own host time of {DISPATCH_US * 1e-3 * layers:.0f} ms a request"
     else:
-        ttft, tpot = alone(source(best.engines[0][1]), source(best.engines[1][1]), best, answer.isl, answer.osl)
-        note = f"bare {ttft:.0f} and {tpot:.1f} ms, by its own rule times {PREFILL} x {QUEUE} and {DECODE}"
-        ttft, tpot = ttft * PREFILL * QUEUE, tpot * DECODE
+        ttft, tpot = two_pools(source(best.engines[0][1]), source(best.engines[1][1]), best, answer)
+        note = f"by its own rule: bare times {PREFILL} x {QUEUE} and {DECODE}"
     yield relative("C1", f"TTFT, ms, {name}", ttft, best.ttft, _ORIGIN, 0.15, note=note)
     yield relative("C1", f"TPOT, ms, {name}", tpot, best.tpot, _ORIGIN, 0.15, note=note)
     setting = Setting(
@@ -220,13 +180,26 @@ def _case(what: str, answer: Answer, model: Model, quant: Quantization, tables: 
         prefix_caching=False,
         serving=Serving(streams="prefill"),
     )
-    ours = {
+    theirs = {kind: rows[0].tokens for kind, rows in answer.rows.items()}
+    rules = {
+        kind: max((by_its_rules(row, source, answer, layers), row.plan.name) for row in rows)
+        for kind, rows in answer.rows.items()
+    }
+    note = f"its rules on these step times: a closed loop; prefill's rate times {PREFILL_RATE}, decode's {DECODE_RATE}"
+    yield _winner(f"one pool or two by its own rules, {what}", rules, theirs, answer, note)
+    fleets = {
         kind: max((capacity(row.plan, setting, answer), row.plan.name) for row in rows)
         for kind, rows in answer.rows.items()
     }
+    note = "simulated with evenly spaced requests, where two pools need neither its factors nor idle prefill engines"
+    yield _winner(f"one pool or two, simulated, {what}", fleets, theirs, answer, note)
+
+
+def _winner(
+    what: str, ours: Mapping[str, tuple[float, str]], theirs: Mapping[str, float], answer: Answer, note: str
+) -> Check:
     winner = max(ours, key=lambda kind: ours[kind])
-    theirs = {kind: rows[0].tokens for kind, rows in answer.rows.items()}
     text = "; ".join(f"{kind} {ours[kind][0]:.0f} ({ours[kind][1]}), it says {theirs[kind]:.0f}" for kind in ours)
     verdict: Verdict = "holds" if winner == answer.winner else "missed"
-    note = f"output tokens/s and GPU within {answer.ttft:g}/{answer.tpot:g} ms: {text}; among its own rows"
-    yield Check("C1", f"one pool or two, {what}", winner, answer.winner, _ORIGIN, None, "exact", verdict, note=note)
+    note = f"output tokens/s and GPU within {answer.ttft:g}/{answer.tpot:g} ms: {text}; among its own rows; {note}"
+    return Check("C1", what, winner, answer.winner, _ORIGIN, None, "exact", verdict, note=note)
