@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     control = verbs.add_parser("control", help="follow the load until interrupted")
     control.add_argument("fleet", type=Path, help="fleet file; its section `roles` says how")
     control.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    control.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus series there, on loopback")
+    control.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus series there")
+    control.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for them (127.0.0.1)")
     for verb in (status, set_, control):
         verb.add_argument("--url", help="the router (default: that of the fleet in --log-dir)")
         verb.add_argument("--log-dir", type=Path, default=Path("build/fleet"), help="of a fleet here (build/fleet)")
@@ -140,7 +141,7 @@ async def _control(args: argparse.Namespace) -> int:
     access, fleet = _access(args), load_fleet(args.fleet)
     registry = CollectorRegistry()
     if args.metrics_port is not None:
-        start_http_server(args.metrics_port, addr="127.0.0.1", registry=registry)
+        start_http_server(args.metrics_port, addr=args.metrics_host, registry=registry)
     controller = Controller(fleet.roles, access, registry, rule_of(fleet), dry_run=args.dry_run)
     async with aiohttp.ClientSession() as session:
         task = asyncio.create_task(controller.run(session))

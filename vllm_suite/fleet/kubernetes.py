@@ -113,6 +113,13 @@ class RouterPods(PodSettings):
     service_annotations: Labels = Field(default={}, description="of the Service, for a cloud's load balancer")
 
 
+class ControllerPods(PodSettings):
+    """The process that switches roles of `pools.any` by load (`roles` in the fleet file)."""
+
+    enabled: bool = Field(default=False, description="run `vllm-suite roles control`; needs `pools.any`")
+    metrics_port: Port = Field(default=9101, description="its series")
+
+
 class NetworkPolicies(Settings):
     """Who may connect to whom."""
 
@@ -196,6 +203,12 @@ class KubernetesSpec(Settings):
     instances: PodSettings = Field(default=PodSettings(), description="pods of all roles")
     pools: PoolPods = Field(default=PoolPods(), description="overrides of `instances` by role")
     router: RouterPods = Field(default=RouterPods(), description="the router's pods and Service")
+    controller: ControllerPods = Field(default=ControllerPods(), description="of role switching")
+    discovery: Literal["dns", "endpoints"] = Field(
+        default="dns",
+        description="how routers find instances: `dns` needs no access to the API server; `endpoints` watches "
+        "EndpointSlices there, sees changes at once and knows IPv6",
+    )
     placement: Placement = Field(default=Placement(), description="where pods go")
     disruption_budgets: bool = Field(default=True, description="at most one pod of a role is evicted at a time")
     keys: Keys = Field(default=Keys(), description="where the fleet's keys are")

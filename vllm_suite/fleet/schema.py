@@ -17,6 +17,7 @@ from vllm_suite import catalog
 from vllm_suite.fleet.engine import EngineSpec
 from vllm_suite.fleet.kubernetes import KubernetesSpec
 from vllm_suite.fleet.spec import FleetSpec
+from vllm_suite.kube.verbs import chart_rights
 
 _HEAD = """\
 # Written by `vllm-suite fleet schema charts/vllm-suite`. A fleet file is the values file:
@@ -57,6 +58,7 @@ def chart_files() -> dict[str, str]:
         "values.schema.json": json.dumps(chart_schema(), indent=1) + "\n",
         "values.yaml": _HEAD + values,
         "files/engine-fields.yaml": yaml.safe_dump(engine_fields()),
+        "files/rbac.yaml": yaml.safe_dump(chart_rights(), sort_keys=False),
     }
 
 

@@ -132,3 +132,28 @@ capabilities:
 {{- $units := dict "us" 0.001 "ms" 1.0 "s" 1000.0 "m" 60000.0 "h" 3600000.0 -}}
 {{- mulf (float64 (regexFind "^[0-9.]+" (trim .))) (get $units (regexFind "[a-z]+$" (lower (trim .)))) -}}
 {{- end -}}
+
+{{/* Rules of a Role, from the table that vllm_suite/kube/verbs.py is. A pool that has an autoscaler is left to it. */}}
+{{- define "suite.rules" -}}
+{{- $root := .root -}}
+{{- $component := .component -}}
+{{- $pools := dict "deployments/scale" list "leaderworkersets/scale" list -}}
+{{- range $one := include "suite.roles" $root | fromJsonArray -}}
+  {{- if not (dig "pools" $one.role "autoscaling" dict $root.Values.kubernetes) -}}
+    {{- $kind := ternary "deployments/scale" "leaderworkersets/scale" (eq (int $one.nodes) 1) -}}
+    {{- $_ := set $pools $kind (append (get $pools $kind) (printf "%s-%s" $root.Release.Name $one.role)) -}}
+  {{- end -}}
+{{- end -}}
+{{- $rules := list -}}
+{{- range $right := get ($root.Files.Get "files/rbac.yaml" | fromYaml) $component -}}
+  {{- $rule := dict "apiGroups" (list $right.group) "resources" (list $right.resource) "verbs" $right.verbs -}}
+  {{- if eq $right.names "lease" -}}
+    {{- $rules = append $rules (merge (dict "resourceNames" (list (printf "%s-controller" $root.Release.Name))) $rule) -}}
+  {{- else if eq $right.names "pools" -}}
+    {{- with get $pools $right.resource -}}{{- $rules = append $rules (merge (dict "resourceNames" .) $rule) -}}{{- end -}}
+  {{- else -}}
+    {{- $rules = append $rules $rule -}}
+  {{- end -}}
+{{- end -}}
+{{ toYaml $rules }}
+{{- end -}}

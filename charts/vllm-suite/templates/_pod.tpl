@@ -19,6 +19,18 @@
   {{- $_ := set $env "VLLM_EC_SIDE_CHANNEL_HOST" "$(POD_IP)" -}}
   {{- $_ := set $env "VLLM_EC_SIDE_CHANNEL_PORT" (printf "%d" (int64 $k.item_port)) -}}
 {{- end -}}
+{{- if eq .role "any" -}}
+  {{- $limits := dict -}}
+  {{- $some := false -}}
+  {{- range $role := list "prefill" "decode" "any" -}}
+    {{- $own := dict -}}
+    {{- range $name, $value := dig "roles" "limits" $role dict (omit $.root.Values.AsMap "kubernetes") -}}
+      {{- if not (kindIs "invalid" $value) -}}{{- $_ := set $own $name $value -}}{{- $some = true -}}{{- end -}}
+    {{- end -}}
+    {{- $_ := set $limits $role $own -}}
+  {{- end -}}
+  {{- if $some -}}{{- $_ := set $env "VLLM_SUITE_ROLE_LIMITS" (toRawJson $limits) -}}{{- end -}}
+{{- end -}}
 {{- if or $k.model.claim $k.model.image -}}{{- $_ := set $env "HF_HUB_OFFLINE" "1" -}}{{- end -}}
 {{- if eq $k.device "cpu" -}}
   {{- $_ := set $env "CUDA_VISIBLE_DEVICES" "" -}}

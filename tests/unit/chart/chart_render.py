@@ -109,6 +109,20 @@ CASES: dict[str, Object] = {
             "pools": {"decode": {"node_selector": {"gpu": "h200"}, "resources": {"requests": {"cpu": "16"}}}},
         },
     ),
+    "switching": fleet(
+        pools={"any": {"replicas": 4, "env": {"PASSWORD": "hidden"}}, "decode": {"engine": {"max_num_seqs": 8}}},
+        roles={"start": {"prefill": 1, "decode": 3}, "limits": {"decode": {"max_num_batched_tokens": 512}}},
+        slo={"ttft": "1s"},
+        router={"auth": {"api_keys": ["client"]}, "membership": {"poll_interval_s": 0.25}},
+        kubernetes={
+            "controller": {"enabled": True, "labels": {"team": "a"}},
+            "discovery": "endpoints",
+            "network_policies": {"clients": [{"podSelector": {}}], "metrics_from": [{"podSelector": {}}]},
+            "pools": {
+                "decode": {"autoscaling": {"kind": "hpa", "max_replicas": 4, "tokens_per_instance": 9000}},
+            },
+        },
+    ),
     "scaled": fleet(
         router={"auth": {"api_keys": ["client"], "upstream_api_key": "up"}},
         kubernetes={

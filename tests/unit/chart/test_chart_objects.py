@@ -56,7 +56,9 @@ def test_every_pod_is_confined(name: str) -> None:
     assert len(pods) > 2
     for pod in pods:
         spec = pod["spec"]
-        assert spec["automountServiceAccountToken"] is False
+        component = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        talks = name == "switching" and component in ("router", "controller")
+        assert spec["automountServiceAccountToken"] is talks
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -68,12 +70,6 @@ def test_every_pod_is_confined(name: str) -> None:
             assert security["capabilities"].get("add", []) == (
                 ["IPC_LOCK"] if name == "large" and one["name"] == "vllm" else []
             )
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_no_rbac_at_all(name: str) -> None:
-    kinds = {found["kind"] for found in render(CASES[name])}
-    assert not kinds & {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding"}
 
 
 @pytest.mark.parametrize("name", CASES)

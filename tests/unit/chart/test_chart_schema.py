@@ -128,6 +128,11 @@ HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
         fleet(pools={"decode": {"engine": {"tensor_parallel_size": 4, "pipeline_parallel_size": 3}}}),
         "do not fill nodes",
     ),
+    "a controller of nothing": (fleet(kubernetes={"controller": {"enabled": True}}), "pools.any"),
+    "services by hand": (
+        fleet(router={"membership": {"kubernetes": [{"service": "a", "port": 1}]}}),
+        "discovery is endpoints",
+    ),
     "learned lengths": (fleet(router={"lengths": {"state_file": "/a"}}), "keeps no files"),
 }
 
