@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -15,6 +16,8 @@ class Item:
         content: equal content is encoded once while it is cached; None for content of its own.
         flops: operations of the encoder, summed over its layers.
         pieces: parts that may be encoded on different encoders (tiles, groups of frames).
+        at: where it stands in the prompt, in tokens before it; None right after the item before it, and for the first
+            one at the start.
     """
 
     kind: str
@@ -22,6 +25,7 @@ class Item:
     flops: float = 0.0
     content: int | None = None
     pieces: int = 1
+    at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +48,19 @@ class Request:
     block: int = 512
     items: tuple[Item, ...] = ()
     label: str = ""
+
+
+def positions(items: Sequence[Item]) -> list[int]:
+    """Tokens of the prompt before each item.
+
+    Raises:
+        ValueError: items that overlap, or are not in the order of the prompt.
+    """
+    found, free = list[int](), 0
+    for item in items:
+        begin = free if item.at is None else item.at
+        if begin < free:
+            raise ValueError(f"an item stands at token {begin} of the prompt, where the one before it ends at {free}")
+        found.append(begin)
+        free = begin + item.tokens
+    return found

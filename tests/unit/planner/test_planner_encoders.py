@@ -230,6 +230,7 @@ def test_nothing_is_lost(data: st.DataObject, seed: int, shape: str, count: int,
         encode_policy=data.draw(st.sampled_from(["cache_affinity", "least_encode_tokens"])),
         encode_pool_bytes=data.draw(st.sampled_from([0.0, 100 * ROW, 3000 * ROW])),
         hop_s=data.draw(st.sampled_from([0.0, 0.5])),
+        overlap=data.draw(st.sampled_from(["auto", "always", "never"])),
     )
     pools: dict[str, dict[str, Any]] = {"any": {}} if shape == "any" else {"prefill": {}, "decode": {}}
     watch = Watch()
@@ -240,7 +241,8 @@ def test_nothing_is_lost(data: st.DataObject, seed: int, shape: str, count: int,
     assert watch.empty()
     for one, request in zip(served, requests, strict=True):
         if request.items:
-            assert one.arrival <= one.encoded <= one.fetched <= one.prefill_start
+            assert one.arrival <= one.encoded <= one.fetched <= one.prefilled
+            assert serving.overlap != "never" or one.fetched <= one.prefill_start
             assert one.encode_start <= one.encoded
         else:
             assert math.isnan(one.fetched)

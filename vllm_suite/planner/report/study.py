@@ -234,7 +234,7 @@ def plan_json(plan: Plan, case: Case) -> dict[str, Any]:
             "ranks": list(pool.ranks),
         }  # fmt: skip
         if pool.role != "encode":
-            encoder = pool.role in ("any", "prefill") and plan.pool("encode") is None
+            encoder = pool.role in ("any", "prefill") and case.setting.encodes(plan, pool)
             limits = case.setting.limits(pool, encoder=encoder)
             quant = pool.quant or case.quant
             entry |= {

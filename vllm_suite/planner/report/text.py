@@ -100,7 +100,7 @@ def _pools(case: Case, plan: Plan) -> list[str]:
         if pool.role == "encode":
             rows.append([pool.role, *sizes, "-", "-", "-", first])
             continue
-        limits = case.setting.limits(pool, encoder=plan.pool("encode") is None and pool.role != "decode")
+        limits = case.setting.limits(pool, encoder=case.setting.encodes(plan, pool) and pool.role != "decode")
         seqs, tokens = pool.max_num_seqs, pool.max_num_batched_tokens
         rows.append([pool.role, *sizes, str(seqs), str(tokens), str(limits.blocks * limits.block_size), first])
     return _table(rows)

@@ -98,6 +98,7 @@ class EncodeStage:
             if key is None:
                 self._own -= 1
                 key = self._own
+            waiter.keys.append(key)
             if key in seen:
                 continue
             seen.add(key)
@@ -177,6 +178,8 @@ class EncodeStage:
             if not waiter.left:
                 waiter.end = now
                 waiter.done(now)
+            if waiter.landed is not None:
+                waiter.landed(now)
 
     def fetched(self, waiter: Waiter) -> None:
         """A request's items were read: they may make room."""

@@ -41,13 +41,17 @@ class Waiter:
     Attributes:
         left: items that are not there yet.
         start, end: when the first of its items was begun, and when the last one was there.
+        keys: of its items, in their order.
         sources: encoder, bytes and key of everything that it has to fetch.
+        landed: called with the time whenever there is more of that.
     """
 
     left: int
     done: Callable[[float], None]
     start: float = float("inf")
     end: float = 0.0
+    landed: Callable[[float], None] | None = None
+    keys: list[Key] = field(default_factory=list)
     sources: list[tuple[Encoder, float, Key]] = field(default_factory=list)
 
 

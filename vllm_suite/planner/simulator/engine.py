@@ -117,6 +117,10 @@ class Engine(Outlet):
             elif plan is not None:
                 plan.count = 1
 
+    def _stalled(self) -> bool:
+        """Whether there is somebody here for whom something may have changed, while nothing is under way."""
+        return len(self.waiting) > 0
+
     def _cut_short(self, now: float, line: DecodeLine) -> None:
         """End a run of decode steps with the step that is under way."""
         count = max(1, line.within(now - self._start))
@@ -147,8 +151,8 @@ class Engine(Outlet):
         else:
             self._plan = None
             if self._flight is None and self._pipeline is None:
-                # Nobody is left behind but for blocks that others have yet to fetch.
-                assert preempted or self.kept or not len(self.waiting)
+                # Nobody is left behind but for blocks that others have yet to fetch, and items under way.
+                assert preempted or self.kept or self._gated or not len(self.waiting)
                 self._rest()
 
     def _rest(self) -> None:

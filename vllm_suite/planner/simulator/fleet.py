@@ -10,6 +10,7 @@ from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.counters import FleetRun, PoolRun, encode_run, pool_run
 from vllm_suite.planner.simulator.encoders import Waiter
 from vllm_suite.planner.simulator.engine import Observer
+from vllm_suite.planner.simulator.fetches import Fetches
 from vllm_suite.planner.simulator.handover import Costs, Event, Lease
 from vllm_suite.planner.simulator.instances import Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job, SimulationError
@@ -57,17 +58,18 @@ class _Flight:
         decode: the instance that the router has picked for the answer, before any other stage.
         prefill, lease: where its cache lies, and what keeps it there.
         waiter: its items at the encode stage, until they were fetched.
+        ahead: prefill does not wait for all of them.
         since: when it came to the queue that it is in.
     """
 
-    __slots__ = ("decode", "lease", "prefill", "request", "served", "since", "waiter")
+    __slots__ = ("ahead", "decode", "lease", "prefill", "request", "served", "since", "waiter")
 
     def __init__(self, request: Request, served: Served, decode: Instance) -> None:
         self.request, self.served, self.decode = request, served, decode
         self.prefill: Instance | None = None
         self.lease: Lease | None = None
         self.waiter: Waiter | None = None
-        self.since = 0.0
+        self.since, self.ahead = 0.0, False
 
 
 class _Fleet(Way):
@@ -78,7 +80,11 @@ class _Fleet(Way):
         self.clock = Clock()
         self.links, self.costs = Links(self.clock, Event.MOVED), Costs(setting)
         self.members = Members(plan, setting, self.clock, self, observer)
+        stage = self.members.stage
+        self.fetches = Fetches(stage, self.links, self.costs) if stage is not None else None
         self.roles = Roles(self.members, self.clock, switching, self._more) if switching is not None else None
+        prefill = plan.pool("prefill")
+        self._runs_ahead = prefill is not None and setting.overlaps(prefill)
         self._front: Role = "any" if plan.pool("any") is not None else "decode"
         self._answers, self._prompts = LeastTokens(), LeastTokens()
         self._under_way, self._exhausted, self._end = 0, False, 0.0
@@ -131,6 +137,15 @@ class _Fleet(Way):
         flight.waiter = waiter = stage.admit(request.items, now, partial(self._encoded, flight))
         if not waiter.left:
             self._encoded(flight, now)
+        elif self._overlaps(flight, waiter):
+            flight.ahead = True
+            self._hop(flight, 0, now, self._forward)
+
+    def _overlaps(self, flight: _Flight, waiter: Waiter) -> bool:
+        """Whether prefill runs ahead of the items (vllm_suite/router/encode/stage.py)."""
+        if not self._runs_ahead or waiter.left < (2 if self.serving.overlap == "auto" else 1):
+            return False
+        return not self._whole(flight.request, flight.decode)
 
     # Encode
 
@@ -138,43 +153,39 @@ class _Fleet(Way):
         """All items are there: prefill may begin."""
         assert flight.waiter is not None
         flight.served.encode_start, flight.served.encoded = flight.waiter.start, now
-        self._hop(flight, 0, now, self._forward)
+        if not flight.ahead:
+            self._hop(flight, 0, now, self._forward)
 
     def _fetch(self, flight: _Flight, instance: Instance, leg: Leg, now: float) -> None:
-        """Give a leg to an instance, after its items where there are any."""
-        waiter = flight.waiter
+        """Give a leg to an instance, after its items where there are any, or before them."""
+        waiter, fetches = flight.waiter, self.fetches
         if waiter is None:
             flight.since = now
             instance.engine.accept(leg, now)
             return
-        flight.waiter = None
-        left = len(waiter.sources)
+        assert fetches is not None
 
-        def moved(then: float) -> None:
-            nonlocal left
-            left -= 1
-            if left:
-                return
-            assert self.members.stage is not None
-            self.members.stage.fetched(waiter)
-            flight.served.fetched = flight.since = then
-            instance.transfer_seconds += then - now
-            instance.engine.accept(leg, then)
+        def fetched(then: float) -> None:
+            flight.waiter, flight.served.fetched = None, then
+            if not flight.ahead:
+                flight.since = then
+                instance.engine.accept(leg, then)
             if self.roles is not None:
                 self.roles.check(then)
 
-        for encoder, size, _ in waiter.sources:
-            cost = self.costs.item(encoder.place, instance.place, size)
-            instance.transfers += 1
-            instance.transfer_bytes += size
-            self.links.start(encoder.place.number, instance.place.number, cost, now, moved)
+        if flight.ahead:
+            flight.since = now
+            fetches.as_they_come(waiter, flight.request.items, instance, leg, now, fetched)
+            instance.engine.accept(leg, now)
+        else:
+            fetches.all(waiter, instance, now, fetched)
 
     # Prefill
 
     def _forward(self, flight: _Flight, now: float) -> None:
         """To prefill, or past it."""
         prefills, request = self.members.active.get("prefill"), flight.request
-        if not prefills or self._whole(request, flight.decode):
+        if not prefills or (not flight.ahead and self._whole(request, flight.decode)):
             self._to_decode(flight, now)
             return
         instance = flight.prefill = self._prompts.choose(prefills)

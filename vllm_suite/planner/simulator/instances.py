@@ -23,12 +23,14 @@ class Leg(Job):
         items: that this instance has to encode itself.
         remote: its keys and values lie on a prefill instance, and the pull has not begun.
         reserved: blocks that a pull fills or has filled.
+        pending: items that are still under way, by their place: tokens before it, those up to its end, and its key.
     """
 
     flight: Any = None
     items: tuple[Item, ...] = ()
     remote: bool = False
     reserved: int = 0
+    pending: tuple[tuple[int, int, int], ...] = ()
 
 
 class Hosted(Engine):

@@ -95,7 +95,7 @@ class Lockstep:
     def _begin(self, now: float) -> None:
         """Start the next step, or a run of steps in which no rank's batch changes."""
         for rank in self.ranks:
-            if rank._idle and len(rank.waiting):
+            if rank._idle and rank._stalled():
                 rank._idle = False
                 rank._proceed(now)
         self._active = [rank for rank in self.ranks if not rank._idle]

@@ -15,6 +15,7 @@ from vllm_suite.planner.simulator.handover import Lease, Leases, Place
 from vllm_suite.planner.simulator.instances import Hosted, Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.lockstep import Lockstep
+from vllm_suite.planner.simulator.overlap import Overlapping
 from vllm_suite.planner.simulator.routing import Instance, PrefixHistory
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.simulator.step_sources import LastTokens, OwnEncoder
@@ -61,7 +62,7 @@ class Members:
         encode = self.plan.pool("encode")
         serving = [pool for pool in self.plan.pools if pool.role != "encode"]
         self._sources = {pool.role: setting.source(pool) for pool in serving}
-        self._limits = {pool.role: setting.limits(pool, encoder=encode is None) for pool in serving}
+        self._limits = {pool.role: setting.limits(pool, encoder=setting.encodes(self.plan, pool)) for pool in serving}
         self.active: dict[Role, list[Instance]] = {pool.role: [] for pool in serving}
         self.ever: dict[Role, list[Instance]] = {pool.role: [] for pool in serving}
         self.encoders: list[Encoder] = []
@@ -117,7 +118,9 @@ class Members:
             source = LastTokens(source)
         if setting.encode_seconds is not None and self.stage is None:
             source = OwnEncoder(source, self._item_seconds(pool), limits.max_num_batched_tokens)
-        kind = Receiving if role == "decode" else Hosted
+        kind: type[Hosted] = Receiving if role == "decode" else Hosted
+        if role == "prefill" and self.stage is not None and setting.overlaps(pool):
+            kind = Overlapping
         engine = kind(
             self.clock,
             source,

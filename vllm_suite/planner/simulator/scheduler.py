@@ -43,6 +43,8 @@ class SimulatedScheduler:
         # Who says how much an admission leaves free, and blocks that those of this step do.
         reserving = self.waiting if isinstance(self.waiting, Reserving) and not prefill_only else None
         self._reserving: Reserving | None = reserving
+        # Whether jobs may have to wait in the middle of their prompts; see `Overlapping`.
+        self._gated = False
         self._spare = 0
         # The job whose prompt did not fit into the budget. There is at most one, and it is the last of the running: it
         # took up the budget, and does so in the following steps, so nobody is admitted after it.
@@ -99,6 +101,11 @@ class SimulatedScheduler:
                 hit, idle = cache.find(job, target)
                 done = max(done, hit * size)
             tokens = min(budget, target - done)
+            if self._gated:
+                tokens = min(tokens, self._open(job, done))
+                if tokens < 1:
+                    passed.append(waiting.pop(now))
+                    continue
             blocks = -(-(done + tokens) // size) - hit
             needed = (-(-target // size) - hit if limits.reserve_full_isl else blocks) + idle
             if needed > available or (spare and running and needed + spare > available):
@@ -120,6 +127,10 @@ class SimulatedScheduler:
             budget -= tokens
         for job in reversed(passed):
             waiting.push_back(job, now)
+
+    def _open(self, job: Job, done: int) -> int:
+        """Tokens that a waiting job may compute after so many."""
+        raise NotImplementedError
 
     def _take(self, job: Job, tokens: int, blocks: int) -> None:
         self._chunks.append((job, tokens))

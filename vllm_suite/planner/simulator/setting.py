@@ -9,7 +9,7 @@ from typing import Literal
 from vllm_suite.planner.hardware import Cluster
 from vllm_suite.planner.models import Model, ModelError, Quantization, prefill_only
 from vllm_suite.planner.models.memory import activation_bytes, kv_capacity
-from vllm_suite.planner.plan import PlanError, PoolPlan
+from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.simulator.engine import Limits
 from vllm_suite.planner.simulator.jobs import WaitingQueue
 from vllm_suite.planner.sources.base import LatencySource
@@ -30,6 +30,8 @@ class Serving:
         streams: whose token the client sees first. The suite's router throws prefill's away and streams decode's;
             DistServe and EPD stream prefill's.
         max_hold_s: how long a prefill instance keeps blocks for a decode instance that has claimed them.
+        overlap: whether prefill runs ahead of the items (``encode.overlap``): for requests with several of them to wait
+            for (`auto`), or with any (`always`). Prefill then holds the encoder too, as the router asks of it.
         encode_policy, load_factor: which encoder gets an item (``encode.policy``).
         slice_min_tokens, slice_tokens, max_slices, min_encoders: how an item is cut (``encode.slices``); it is not cut
             into more than its `Item.pieces`.
@@ -43,6 +45,7 @@ class Serving:
     pull_s: float = 0.0
     streams: Literal["decode", "prefill"] = "decode"
     max_hold_s: float = 600.0
+    overlap: Literal["auto", "always", "never"] = "auto"
     encode_policy: Literal["cache_affinity", "least_encode_tokens"] = "cache_affinity"
     load_factor: float = 1.1
     slice_min_tokens: int = 1024
@@ -89,6 +92,18 @@ class Setting:
         """The model as an engine of the pool holds it: with or without encoder, without SwiftKV's late layers."""
         model = prefill_only(self.model) if pool.late_kv_only else self.model
         return model if encoder else replace(model, encoder=None)
+
+    def encodes(self, plan: Plan, pool: PoolPlan) -> bool:
+        """Whether a pool's engines hold the model's encoder: without an encode pool all do, beside one those whose
+        prefill runs ahead of it, as they get the media.
+        """
+        return plan.pool("encode") is None or self.overlaps(pool)
+
+    def overlaps(self, pool: PoolPlan) -> bool:
+        """Whether a pool beside encoders runs ahead of them. With pipeline stages none does: the suite's connector
+        does not work there.
+        """
+        return pool.role == "prefill" and pool.parallel.pp == 1 and self.serving.overlap != "never"
 
     def limits(self, pool: PoolPlan, *, encoder: bool = True) -> Limits:
         """An engine's limits; blocks of cache from its memory where the pool does not name them.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.sources.base import FloatArray, LatencySource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
-from vllm_suite.planner.workload import Item
+from vllm_suite.planner.workload import Item, positions
 
 
 class Around(LatencySource):
@@ -71,7 +71,7 @@ def _decoded(steps: Steps) -> Steps:
 class OwnEncoder(Around):
     """Step times with the encoder's in them: vLLM encodes an item in the step that takes up its first token.
 
-    Items are taken to stand at the start of the prompt, one after another. What was encoded stays in vLLM's encoder
+    What was encoded stays in vLLM's encoder
     cache, least recently used first out, up to `keep` tokens.
 
     Attributes:
@@ -88,14 +88,13 @@ class OwnEncoder(Around):
 
     def chunk(self, job: Job, items: tuple[Item, ...], tokens: int) -> float:
         """Seconds of the items that a chunk of so many tokens of a job begins with or reaches."""
-        begin, end, at, total = job.done, job.done + tokens, 0, 0.0
+        begin, end, total = job.done, job.done + tokens, 0.0
         first = begin == max(job.cached, job.found)
-        for item in items:
+        for item, at in zip(items, positions(items), strict=True):
             if at >= end:
                 break
             if at >= begin or (first and at + item.tokens > begin):
                 total += self._item(item)
-            at += item.tokens
         return total
 
     def _item(self, item: Item) -> float:

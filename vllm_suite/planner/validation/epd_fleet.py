@@ -87,7 +87,11 @@ def setting(constants: Constants, decode: float) -> Setting:
         prefix_caching=False,
         async_scheduling=False,
         serving=Serving(
-            min_prompt_tokens=0, hop_s=constants.rest, streams="prefill", encode_policy="least_encode_tokens"
+            min_prompt_tokens=0,
+            hop_s=constants.rest,
+            streams="prefill",
+            encode_policy="least_encode_tokens",
+            overlap="never",
         ),
     )
 
