@@ -113,6 +113,38 @@ class RouterPods(PodSettings):
     service_annotations: Labels = Field(default={}, description="of the Service, for a cloud's load balancer")
 
 
+class GatewayParent(Settings):
+    """A Gateway that there is already."""
+
+    name: Name = Field(description="of the Gateway")
+    namespace: Name | None = Field(default=None, description="where it is elsewhere")
+    section: Name | None = Field(default=None, description="its listener; all where left out")
+
+
+class EndpointPicker(Settings):
+    """An endpoint picker (Gateway API Inference Extension) that chooses among routers."""
+
+    service: Name = Field(description="its Service")
+    port: Annotated[int, Field(ge=1, le=65_535)] = Field(default=9002, description="of that Service")
+    failure_mode: Literal["FailOpen", "FailClose"] = Field(
+        default="FailOpen", description="without the picker: any router, or none"
+    )
+
+
+class Gateway(Settings):
+    """A way in through the Gateway API: `/v1` alone, with the router's own time limit."""
+
+    parents: Annotated[tuple[GatewayParent, ...], Field(max_length=32)] = Field(
+        default=(), description="Gateways that an HTTPRoute attaches to; no route where empty"
+    )
+    hostnames: Annotated[tuple[str, ...], Field(max_length=16)] = Field(
+        default=(), description="of requests; all where empty"
+    )
+    picker: EndpointPicker | None = Field(
+        default=None, description="makes the routers an InferencePool, to which the route leads"
+    )
+
+
 class ControllerPods(PodSettings):
     """The process that switches roles of `pools.any` by load (`roles` in the fleet file)."""
 
@@ -203,6 +235,7 @@ class KubernetesSpec(Settings):
     instances: PodSettings = Field(default=PodSettings(), description="pods of all roles")
     pools: PoolPods = Field(default=PoolPods(), description="overrides of `instances` by role")
     router: RouterPods = Field(default=RouterPods(), description="the router's pods and Service")
+    gateway: Gateway = Field(default=Gateway(), description="for clients outside the cluster, beside the Service")
     controller: ControllerPods = Field(default=ControllerPods(), description="of role switching")
     discovery: Literal["dns", "endpoints"] = Field(
         default="dns",

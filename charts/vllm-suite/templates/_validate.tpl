@@ -16,11 +16,17 @@
 {{- if and $counts.encode (not (has "epd" $v.plugins)) -}}
   {{- fail "pools.encode: encoder instances need plugin epd" -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]" .Release.Name) -}}
+  {{- fail (printf "release name %s: names of Services begin with a letter" .Release.Name) -}}
+{{- end -}}
 {{- if and $k.controller.enabled (not (hasKey $v.pools "any")) -}}
   {{- fail "kubernetes.controller: it switches instances of pools.any, and the fleet has none" -}}
 {{- end -}}
 {{- if dig "router" "membership" "kubernetes" list (omit $v "kubernetes") -}}
   {{- fail "router.membership.kubernetes: the chart writes it where kubernetes.discovery is endpoints" -}}
+{{- end -}}
+{{- if and $k.gateway.hostnames (not $k.gateway.parents) -}}
+  {{- fail "kubernetes.gateway.hostnames: give parents, the Gateways that the route attaches to" -}}
 {{- end -}}
 {{- $auth := dig "router" "auth" dict (omit $v "kubernetes") -}}
 {{- range $name := list "api_key_file" "upstream_api_key_file" "control_key_file" -}}

@@ -15,26 +15,32 @@ ROOT = Path(__file__).parents[3]
 CHART = ROOT / "charts" / "vllm-suite"
 OPERATOR = ("monitoring.coreos.com/v1/PodMonitor", "monitoring.coreos.com/v1/PrometheusRule")
 # Of objects that are not Kubernetes' own.
-FOREIGN = ("monitoring.coreos.com/v1", "leaderworkerset.x-k8s.io/v1", "keda.sh/v1alpha1")
+FOREIGN = (
+    "monitoring.coreos.com/v1",
+    "leaderworkerset.x-k8s.io/v1",
+    "keda.sh/v1alpha1",
+    "gateway.networking.k8s.io/v1",
+    "inference.networking.k8s.io/v1",
+)
 
 Object = dict[str, Any]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @cache
-def _files(values: str, kube: str, apis: tuple[str, ...], chart: Path) -> dict[str, str]:
+def _files(values: str, kube: str, apis: tuple[str, ...], chart: Path, name: str) -> dict[str, str]:
     loaded = helm_python.Chart.load(str(chart))
-    options = {"name": "llm", "namespace": "prod", "kube_version": kube, "api_versions": list(apis)}
+    options = {"name": name, "namespace": "prod", "kube_version": kube, "api_versions": list(apis)}
     # The Python method has no argument for the cluster's API versions; the native function behind it has.
     found: dict[str, str] = json.loads(_native.call_string("helm_render", loaded._raw(), values, json.dumps(options)))
     return found
 
 
 def files(
-    values: Object, kube: str = "v1.34.0", apis: tuple[str, ...] = OPERATOR, chart: Path = CHART
+    values: Object, kube: str = "v1.34.0", apis: tuple[str, ...] = OPERATOR, chart: Path = CHART, name: str = "llm"
 ) -> dict[str, str]:
     """Each template's output by its path. Raises helm_python.HelmError as `helm template` would fail."""
-    return _files(json.dumps(values), kube, apis, chart)
+    return _files(json.dumps(values), kube, apis, chart, name)
 
 
 def render(values: Object, kube: str = "v1.34.0", apis: tuple[str, ...] = OPERATOR) -> list[Object]:
@@ -116,6 +122,10 @@ CASES: dict[str, Object] = {
         router={"auth": {"api_keys": ["client"]}, "membership": {"poll_interval_s": 0.25}},
         kubernetes={
             "controller": {"enabled": True, "labels": {"team": "a"}},
+            "gateway": {
+                "parents": [{"name": "public", "namespace": "edge", "section": "https"}],
+                "hostnames": ["llm.example.com"],
+            },
             "discovery": "endpoints",
             "network_policies": {"clients": [{"podSelector": {}}], "metrics_from": [{"podSelector": {}}]},
             "pools": {
@@ -124,8 +134,9 @@ CASES: dict[str, Object] = {
         },
     ),
     "scaled": fleet(
-        router={"auth": {"api_keys": ["client"], "upstream_api_key": "up"}},
+        router={"auth": {"api_keys": ["client"], "upstream_api_key": "up"}, "timeouts": {"total_s": 899.5}},
         kubernetes={
+            "gateway": {"parents": [{"name": "inner"}], "picker": {"service": "picker"}},
             "network_policies": {
                 "clients": [{"namespaceSelector": {"matchLabels": {"name": "apps"}}}],
                 "metrics_from": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],

@@ -23,10 +23,17 @@ def test_the_page_holds_the_table() -> None:
 
 
 def test_the_pages_example_is_a_fleet_that_renders() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    text = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
     parse_fleet(text)
     objects = render(yaml.safe_load(text))
     assert find(objects, "ScaledObject", "llm-decode")
+
+
+def test_the_pages_gateway_is_a_part_of_a_fleet() -> None:
+    text = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+    objects = render({"model": "org/model", "pools": {"decode": {}}, **yaml.safe_load(text)})
+    assert find(objects, "HTTPRoute", "llm-router")
+    assert find(objects, "InferencePool", "llm-router")
 
 
 def test_the_page_names_every_alert() -> None:

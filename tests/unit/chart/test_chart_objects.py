@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+import crd_schemas
 import helm_python
+import jsonschema
 import kubernetes_validate
 import pytest
 from chart_render import CASES, CHART, FOREIGN, container, files, find, fleet, render
@@ -21,6 +23,12 @@ def test_objects_are_valid(name: str, version: str) -> None:
     for found in render(CASES[name], f"v{version}.0"):
         if found["apiVersion"] not in FOREIGN:
             kubernetes_validate.validate(found, version, strict=True)
+            continue
+        crd_schemas.validate(found)
+        if found["kind"] == "LeaderWorkerSet":
+            for which in ("leaderTemplate", "workerTemplate"):
+                pod = {"apiVersion": "v1", "kind": "Pod", **found["spec"]["leaderWorkerTemplate"][which]}
+                kubernetes_validate.validate(pod, version, strict=True)
 
 
 def test_the_validator_does_catch_a_wrong_key() -> None:
@@ -28,6 +36,15 @@ def test_the_validator_does_catch_a_wrong_key() -> None:
     container(found)["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(found, "1.34", strict=True)
+
+
+def test_every_custom_resource_was_checked() -> None:
+    kinds = {(found["apiVersion"], found["kind"]) for name in CASES for found in render(CASES[name])}
+    assert {one for one in kinds if one[0] in FOREIGN} == set(crd_schemas.SCHEMAS)
+    wrong = find(render(CASES["scaled"]), "InferencePool", "llm-router")
+    wrong["spec"]["targetPort"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        crd_schemas.validate(wrong)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -244,6 +261,30 @@ def test_pools_scale_by_tokens() -> None:
     for role in ("prefill", "decode"):
         # A Deployment with replicas would set the autoscaler back at every upgrade.
         assert "replicas" not in find(objects, "Deployment", f"llm-{role}")["spec"]
+
+
+def test_a_route_leads_clients_to_v1_alone() -> None:
+    spec = find(render(CASES["switching"]), "HTTPRoute", "llm-router")["spec"]
+    assert spec["parentRefs"] == [{"name": "public", "namespace": "edge", "sectionName": "https"}]
+    assert spec["hostnames"] == ["llm.example.com"]
+    (rule,) = spec["rules"]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+    assert rule["timeouts"] == {"request": "3600s", "backendRequest": "3600s"}
+    assert rule["backendRefs"] == [{"name": "llm-router", "port": 80}]
+    assert not [one for one in render(CASES["plain"]) if one["kind"] in ("HTTPRoute", "InferencePool")]
+
+
+def test_a_picker_chooses_among_routers() -> None:
+    objects = render(CASES["scaled"])
+    (rule,) = find(objects, "HTTPRoute", "llm-router")["spec"]["rules"]
+    pool = {"group": "inference.networking.k8s.io", "kind": "InferencePool", "name": "llm-router"}
+    assert rule["backendRefs"] == [pool]
+    assert rule["timeouts"]["request"] == "900s"
+    spec = find(objects, "InferencePool", "llm-router")["spec"]
+    router = find(objects, "Deployment", "llm-router")["spec"]["template"]
+    assert spec["selector"]["matchLabels"].items() <= router["metadata"]["labels"].items()
+    assert spec["targetPorts"] == [{"number": router["spec"]["containers"][0]["ports"][0]["containerPort"]}]
+    assert spec["endpointPickerRef"] == {"name": "picker", "port": {"number": 9002}, "failureMode": "FailOpen"}
 
 
 def test_the_helm_test_asks_for_what_the_fleet_can_do() -> None:

@@ -129,6 +129,7 @@ HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
         "do not fill nodes",
     ),
     "a controller of nothing": (fleet(kubernetes={"controller": {"enabled": True}}), "pools.any"),
+    "hosts of no gateway": (fleet(kubernetes={"gateway": {"hostnames": ["a.example.com"]}}), "give parents"),
     "services by hand": (
         fleet(router={"membership": {"kubernetes": [{"service": "a", "port": 1}]}}),
         "discovery is endpoints",
@@ -143,6 +144,15 @@ def test_what_a_cluster_cannot_have_is_refused(name: str) -> None:
     parse_fleet(yaml.safe_dump(values))
     with pytest.raises(helm_python.HelmError, match=says):
         files(values)
+
+
+def test_a_release_begins_with_a_letter_and_may_be_long() -> None:
+    with pytest.raises(helm_python.HelmError, match="begin with a letter"):
+        files(fleet(), name="42")
+    for text in files(CASES["switching"], name="a" * 53).values():
+        for found in yaml.safe_load_all(text) if "apiVersion:" in text else ():
+            limit = 63 if found and found["kind"] in ("Service", "LeaderWorkerSet") else 253
+            assert not found or len(found["metadata"]["name"]) <= limit
 
 
 def test_an_image_volume_needs_a_cluster_that_has_them() -> None:
