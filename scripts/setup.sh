@@ -65,5 +65,11 @@ pth = pathlib.Path(sysconfig.get_path("purelib")) / "below.pth"
 pth.write_text(f"import site; site.addsitedir({below!r})\n")
 END
 run "${pip[@]}" --python "$eval_venv/bin/python" install -q 'vllm-suite[eval,train,aic,search]'
+# For the tests of the live page, which are skipped without it. Another browser than the distribution's is never fetched.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  say "installing Debian's chromium"
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+    >>"$log" 2>&1 || say "no chromium: the tests of the live page will be skipped; why: $log"
+fi
 printf '%s' "$want" >"$stamp"
 say "ready in $((SECONDS - started)) s; activate with: source $venv/bin/activate"

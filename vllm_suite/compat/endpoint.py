@@ -20,6 +20,7 @@ from vllm_suite import __version__
 from vllm_suite.catalog import ENV_PLUGINS, PLUGINS
 from vllm_suite.compat.allowlist import CONTROL
 from vllm_suite.compat.engine_state import EngineProbe, Load, read_load
+from vllm_suite.compat.pull_totals import PullTotals
 from vllm_suite.compat.role_routes import RoleRoutes
 from vllm_suite.compat.role_work import read_work
 from vllm_suite.compat.versions import installed_version
@@ -52,6 +53,7 @@ class Control:
         self._fixed: dict[str, Any] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._roles = RoleRoutes()
+        self._pulled = PullTotals()
 
     def attach_router(self, app: Any) -> None:
         """Add the route. The key is read here, where the app already carries its arguments."""
@@ -113,6 +115,7 @@ class Control:
             "plugins": _selected(),
             "load": load,
             "work": {"arrived": dict(self._roles.door.arrived), **read_work()} if self._engine is not None else {},
+            "pulled": await self._pulled.read() if self._engine is not None else {},
         }
 
 

@@ -31,6 +31,10 @@ from vllm_suite.router.probe import StockProbe, SuiteProbe
 from vllm_suite.router.prompt import Endpoint
 from vllm_suite.router.relay import ClientGone
 from vllm_suite.router.status import describe
+from vllm_suite.router.ui.history import STEP_S
+from vllm_suite.router.ui.routes import PATHS as UI_PATHS
+from vllm_suite.router.ui.routes import LiveRoutes
+from vllm_suite.router.ui.state import LiveState
 from vllm_suite.router.upstream import open_session
 
 _PATHS = {
@@ -41,6 +45,7 @@ _PATHS = {
     "/ready",
     "/metrics",
     "/suite/v1/instances",
+    *UI_PATHS,
 }
 
 
@@ -55,6 +60,15 @@ class Router:
         self.live = Live(config.disaggregation.min_prompt_tokens, config.disaggregation.bytes_per_token)
         self.metrics = RouterMetrics(self.pool, self.live)
         self.watchdog = Watchdog()
+        self._membership: Membership | None = None
+        self.ui = LiveState(
+            self.pool,
+            self.live,
+            self.metrics,
+            config.slo,
+            config.predicted,
+            lambda: self._membership.missing() if self._membership is not None else {},
+        )
         self._chain: Chain | None = None
         self._session: aiohttp.ClientSession | None = None
         self._empty = asyncio.Event()
@@ -80,15 +94,23 @@ class Router:
                 lengths.load()
             self._chain = Chain(config, self.pool, membership, session, self.metrics, self.live, encode, lengths)
             self._session = session
+            self._membership = membership
             await membership.start()
+            ticking = asyncio.create_task(self._tick())
             try:
                 yield
             finally:
+                ticking.cancel()
                 await membership.stop()
                 await encode.close()
                 if lengths is not None:
                     lengths.save()
                 self.watchdog.stop()
+
+    async def _tick(self) -> None:
+        while True:
+            self.ui.tick()
+            await asyncio.sleep(STEP_S)
 
     # Drain
 
@@ -244,5 +266,6 @@ def create_app(config: RouterConfig) -> web.Application:
     app.router.add_get("/ready", router.ready)
     app.router.add_get("/metrics", router.scrape)
     app.router.add_get("/suite/v1/instances", router.instances)
+    LiveRoutes(router.ui, router.keys, router.metrics).add(app)
     app.router.add_route("*", "/{path:.*}", router.unknown)
     return app

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from yarl import URL
 
@@ -32,6 +32,15 @@ class ItemChannel(NamedTuple):
     encodes: bool = True
 
 
+class Pulled(NamedTuple):
+    """What an instance has pulled from a peer since its start: KV blocks (`kv`) or encoder outputs (`ec`)."""
+
+    kind: Literal["kv", "ec"]
+    peer: str
+    bytes: float
+    pulls: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """What an instance last said about itself."""
@@ -47,6 +56,8 @@ class State:
     ec: ItemChannel | None = None
     role_epoch: int = 0  # switches of its role since it started
     phase: str = "serving"  # of a switch; see `vllm_suite.roles.state`
+    target: str | None = None  # of a switch that goes on
+    pulled: tuple[Pulled, ...] = ()
 
 
 class PrefixHistory:

@@ -52,6 +52,14 @@ class Membership:
         for source in self._discoveries:
             await source.close()
 
+    def missing(self) -> dict[str, int]:
+        """Addresses at which nobody has answered, or nobody answers any more, by the role they are listed with."""
+        found: dict[str, int] = {}
+        for target, watcher in self._watchers.items():
+            if watcher.member is None:
+                found[target.role] = found.get(target.role, 0) + 1
+        return found
+
     def suspect(self, member: Member) -> None:
         """A request failed on this member's connection: no new work until it has answered a poll."""
         if member.suspect:

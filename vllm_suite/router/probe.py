@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import aiohttp
 import msgspec
 from yarl import URL
 
-from vllm_suite.router.members import ItemChannel, State
+from vllm_suite.router.members import ItemChannel, Pulled, State
 
 _ROLES = ("prefill", "decode", "encode", "any")
+_KINDS: tuple[Literal["kv", "ec"], ...] = ("kv", "ec")
+_MAX_PEERS = 64
 _MAX_BYTES = 1 << 20
 
 
@@ -85,6 +87,19 @@ def _item_channel(found: object) -> ItemChannel | None:
     return ItemChannel(host, port, role, tuple(slices), encodes) if 0 <= port < 65_536 else None
 
 
+def _pulled(found: object) -> tuple[Pulled, ...]:
+    """Totals by peer; whatever is not in words known here is left out."""
+    rows: list[Pulled] = []
+    for kind in _KINDS:
+        peers = found.get(kind) if isinstance(found, dict) else None
+        if not isinstance(peers, dict):
+            continue
+        for peer, row in list(peers.items())[:_MAX_PEERS]:
+            if isinstance(row, list) and len(row) == 2 and type(row[0]) in (int, float):
+                rows.append(Pulled(kind, peer, row[0], row[1] if type(row[1]) in (int, float) else None))
+    return tuple(rows)
+
+
 class SuiteProbe:
     """Identity, epoch, role, readiness and load from the suite's endpoint plugin."""
 
@@ -101,7 +116,7 @@ class SuiteProbe:
             raise Silent(f"state with unknown role {role!r} or models that are no list")
         load = answer.get("load")
         length = answer.get("max_model_len")
-        role_epoch, phase = answer.get("role_epoch"), answer.get("phase")
+        role_epoch, phase, target = answer.get("role_epoch"), answer.get("phase"), answer.get("target")
         return State(
             instance_id=instance_id,
             epoch=epoch,
@@ -114,6 +129,8 @@ class SuiteProbe:
             ec=_item_channel(answer.get("ec")),
             role_epoch=role_epoch if isinstance(role_epoch, int) else 0,
             phase=phase if isinstance(phase, str) else "serving",
+            target=target if target in _ROLES else None,
+            pulled=_pulled(answer.get("pulled")),
         )
 
 

@@ -72,6 +72,7 @@ class Instance:
     usage_event: bool = False  # streams end with their usage, each of the last events in a piece of its own
     hold: asyncio.Event | None = None  # no request is answered before it is set
     ec: dict[str, Any] | None = None  # what the EPD plugin adds to the state
+    says: dict[str, Any] = field(default_factory=dict)  # further keys of the state
 
     async def start(self) -> Instance:
         self.port = self.port or free_port()
@@ -115,6 +116,7 @@ class Instance:
                 "vllm": "0.32.0+cpu",
                 "load": self.load,
                 **({"ec": self.ec} if self.ec else {}),
+                **self.says,
             }
         )
 
