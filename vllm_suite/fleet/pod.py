@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 _IDLE_LOOKS = 3  # a request that is between prefill and decode is nowhere for a moment
 _LEASES_S = 20.0  # somewhat more than the 15 s that a prefill instance keeps blocks nobody has claimed
+_SWITCHING = ("closing", "drained", "switching", "verified", "restoring")  # of vllm_suite.roles.state
 _LEASES = "vllm_suite_kv_leases_outstanding"
 _PULLS = "vllm_suite_kv_pulls_total"
 _DECISIONS = "vllm_suite_router_decisions_total"
@@ -88,8 +89,16 @@ def total(metrics: str, name: str, **labels: str) -> float:
 
 
 def ready(url: str, role: str | None, connector: str | None, timeout_s: float) -> str:
-    """Raises CheckFailed unless the instance at `url` is loaded, answering, of that role and with that connector."""
+    """Raises CheckFailed unless the instance at `url` is loaded, answering, of that role and with that connector.
+
+    One of `any` may have taken another role. While it changes it stays ready for Kubernetes: routers ask it themselves
+    and send nothing, and one that left their list would be missed by the controller.
+    """
     state = json.loads(ask(url, "/suite/v1/state", CONTROL_KEYS, timeout_s))
+    if role == "any":
+        if state.get("phase") in _SWITCHING:
+            return f"changing its role: {state['phase']}"
+        role = None
     if state.get("ready") is not True or state.get("draining") is True:
         raise CheckFailed(f"not ready: {state}")
     if role is not None and state.get("role") != role:

@@ -8,13 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prometheus_client import generate_latest
 
 from vllm_suite.fleet import pod
 from vllm_suite.metrics import ROUTER
+from vllm_suite.roles.state import Phase
 from vllm_suite.router.members import Pool
 from vllm_suite.router.metrics import Live, RouterMetrics
 
@@ -114,6 +115,16 @@ def test_ready_means_role_and_connector_too(server: Server, capsys: pytest.Captu
         server.state = {**STATE, name: value}
         assert run(*asked) == 1
         assert says in capsys.readouterr().err
+
+
+def test_an_instance_that_changes_its_role_stays_ready(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("ready", "--url", server.url, "--role", "any", "--connector", "SuiteNixlConnector")
+    for role in ("any", "prefill", "decode"):
+        server.state = {**STATE, "role": role, "phase": "serving"}
+        assert run(*asked) == 0
+    for phase in get_args(Phase):
+        server.state = {**STATE, "ready": phase == "serving", "phase": phase}
+        assert (run(*asked) == 0) is (phase != "out"), phase
 
 
 def test_the_control_key_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
