@@ -18,6 +18,7 @@ from vllm_disagg.fence import FENCE_KEY, OwnView, content_digest, remote_params
 from vllm_disagg.lease_server import LeaseServer
 from vllm_disagg.leases import LeaseBook
 from vllm_disagg.pace import Pace
+from vllm_disagg.stages import TIMES_KEY, Stages
 from vllm_disagg.stats import SuiteKVStats
 from vllm_suite.compat.nixl import NixlConnectorMetadata, NixlPullConnectorScheduler
 from vllm_suite.handoff import VERSION, Handoff, Refusal, fleet_key
@@ -45,6 +46,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.config = config
         self.stats = SuiteKVStats()
+        self._stages = Stages(lambda: self.stats)
         me = identity()
         rank = vllm_config.parallel_config.data_parallel_index
         self._producer = me.instance_id if rank == 0 else f"{me.instance_id}/{rank}"
@@ -95,6 +97,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
             params.clear()
             params.update(_PREFILL_PARAMS)
             self._contents[request.request_id] = content_digest(request)
+            self._stages.arrived(request.request_id)
             super().on_new_request(request)
         elif params.get("do_remote_prefill") is True:
             self._check_reference(request, params)
@@ -111,6 +114,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         super().on_new_request(request)
         self._stop_heartbeat(request.request_id)
         self._claims.start(request.request_id, ref)
+        self._stages.arrived(request.request_id)
 
     def _refuse(self, request: Any, reason: Refusal) -> None:
         """Drop the reference: compute locally, or fail the request where the policy says so."""
@@ -149,6 +153,8 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             super().update_state_after_alloc(request, blocks, num_external_tokens)
+            if params and params.get("do_remote_decode"):
+                self._stages.begun(request.request_id)
             return
         request_id = request.request_id
         if num_external_tokens == 0:
@@ -162,6 +168,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
             super().update_state_after_alloc(request, blocks, num_external_tokens)
             self._pulling.add(request_id)
             self._claims.begin(request_id)
+            self._stages.begun(request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> NixlConnectorMetadata:
         if self._claims.talking or len(self._book):
@@ -188,6 +195,10 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         failed = connector_output.failed_recving or set()
         for request_id in connector_output.finished_recving or ():
             self._pulling.discard(request_id)
+            if request_id in failed:
+                self._stages.forget(request_id)
+            else:
+                self._stages.done(request_id, "transfer")
             self._claims.finish(request_id, pulled=request_id not in failed)
             report = self._reports.pop(request_id, None)
             self.stats.pulled(report, failed=request_id in failed, recomputed=self._recompute)
@@ -213,8 +224,12 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         if result is not None and result.get("do_remote_prefill") and content is not None:
             if delay_free:
                 self._issue(request_id, content, result)
+                times = self._stages.done(request_id, "prefill")
+                if times is not None:
+                    result[TIMES_KEY] = times
             else:
                 result = None  # nothing was kept, so there is nothing to refer to
+        self._stages.forget(request_id)
         return delay_free, result
 
     def _issue(self, request_id: str, content: str, result: dict[str, Any]) -> None:

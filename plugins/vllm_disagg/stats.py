@@ -17,6 +17,7 @@ from vllm_suite.metrics import KV
 # Lists of plain values: they cross process borders as msgpack.
 _OWN = (
     "suite_pulls",
+    "suite_stages",
     "suite_served",
     "suite_recomputes",
     "suite_refused",
@@ -31,6 +32,7 @@ class SuiteKVStats(NixlKVConnectorStats):
 
     Own lists in ``data``:
         suite_pulls: ``[outcome, peer, bytes, blocks, seconds]`` per ended pull.
+        suite_stages: ``[stage, seconds]`` per stage of a request that ended here.
         suite_served: ``[consumer, bytes, blocks]`` per lease that was pulled: what its reference offered. A
             consumer that had a prefix cached pulled less.
         suite_recomputes: reason per request that computed its prompt locally instead.
@@ -56,6 +58,10 @@ class SuiteKVStats(NixlKVConnectorStats):
         if failed and recomputed:
             reason = report.failure if report is not None and report.failure else "transfer_error"
             self.data["suite_recomputes"].append(reason)
+
+    def staged(self, stage: str, seconds: float) -> None:
+        """A request has been through a stage."""
+        self.data["suite_stages"].append([stage, seconds])
 
     def lease_ended(self, ended: Ended, block_bytes: int) -> None:
         """A lease has ended on this producer."""
@@ -116,6 +122,8 @@ class SuitePromMetrics(NixlPromMetrics):
                 series.child("vllm_suite_kv_pull_bytes_total", engine_idx, peer, "in").inc(size)
                 series.child("vllm_suite_kv_pull_blocks_total", engine_idx, peer, "in").inc(blocks)
                 series.child("vllm_suite_kv_pull_seconds", engine_idx, peer, "in").observe(seconds)
+        for stage, seconds in data.get("suite_stages", ()):
+            series.child("vllm_suite_kv_stage_seconds", engine_idx, stage).observe(seconds)
         for peer, size, blocks in data.get("suite_served", ()):
             peer = series.peer(peer)
             series.child("vllm_suite_kv_pull_bytes_total", engine_idx, peer, "out").inc(size)

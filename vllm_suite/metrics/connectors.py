@@ -13,6 +13,7 @@ DIRECTION = one_of("direction", "in", "out")
 TIER = one_of("tier", "device", "host")
 
 _PULL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_STAGE_SECONDS = (*_PULL_SECONDS, 30.0, 60.0)
 _HELD_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 
 # `peer` is the producer's instance id, taken from references whose claim the producer granted.
@@ -41,6 +42,14 @@ KV: tuple[SeriesSpec, ...] = (
         "Seconds from the start of a pull, handshake included, to its end.",
         (PEER, DIRECTION),
         _PULL_SECONDS,
+    ),
+    SeriesSpec(
+        "vllm_suite_kv_stage_seconds",
+        "histogram",
+        "Seconds of requests by stage. queue: from their arrival at the scheduler to their prefill or pull; prefill: "
+        "from there to its reference; transfer: from the pull's order to its arrival.",
+        (one_of("stage", "queue", "prefill", "transfer"),),
+        _STAGE_SECONDS,
     ),
     SeriesSpec(
         "vllm_suite_kv_recomputes_total",

@@ -9,6 +9,9 @@ PREFIX = "vllm_suite_router_"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Bounds of the router's histograms of seconds that a request or a part of it takes."""
 
+TTFT = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+TPOT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
 _STAGE = one_of("stage", "encode", "prefill", "decode")
 _WHILE = one_of("stage", "request", "encode", "prefill", "decode", "stream")
 _TIMED = one_of("stage", "client", "connect", "encode", "first_byte", "idle", "media", "prefill", "total", "wait")
@@ -22,6 +25,8 @@ _KIND = one_of("kind", *_KINDS)
 _PATH = one_of("path", "direct", "disaggregated")
 _INSTANCE = within("instance", "ids of members; gone with the member")
 _ROLE = one_of("role", "encode", "prefill", "decode", "any")
+_MODEL = within("model", "models that members serve, and `other`")
+_BAND = (one_of("quantile", "0.5", "0.99"), one_of("bound", "low", "middle", "high"))
 _MODALITY = one_of("modality", "image", "video", "audio")
 _WHOLE = (
     "prefill", "disabled", "short", "no_prefill", "cached", "unparsed", "malformed", "prompt_embeds", "batch",
@@ -123,6 +128,35 @@ ROUTER: tuple[SeriesSpec, ...] = (
         "Questions to producers whether they still keep items.",
         within("outcome", "answered, resting, and how a question failed"),
     ),
+    _counter(
+        "slo_requests",
+        "Requests by whether they kept `slo` of the fleet file, where it has one: good; late: the first token; slow: "
+        "those after it; failed: 5xx, 429 or broken off; unknown: the length of the answer is not known. Goodput is "
+        "good ones over all but unknown ones.",
+        _MODEL,
+        one_of("verdict", "good", "late", "slow", "failed", "unknown"),
+    ),
+    _seconds(
+        "stage",
+        "Where the time of answered requests went. queue: until an instance is ready and, as plugin disagg says it, in "
+        "prefill's queue; first_token: from asking decode to its first byte, transfer included; decode: from there to "
+        "the end; answer: both, of answers that are not streamed.",
+        _PATH,
+        one_of("stage", "encode", "queue", "prefill", "first_token", "decode", "answer"),
+    ),
+    _seconds(
+        "ttft",
+        "Time to first token of streamed answers. The targets and predicted times of the fleet file are buckets too.",
+        _MODEL,
+        buckets=TTFT,
+    ),
+    _seconds(
+        "tpot",
+        "Mean time per token after the first of streamed answers; buckets as for the one above. Tokens are counted by "
+        "the usage in the answer, else by its events.",
+        _MODEL,
+        buckets=TPOT,
+    ),
     _seconds("request", "From the whole request read to the whole answer written.", _PATH),
     _seconds("first_byte", "From the whole request read to the first byte of the answer.", _PATH),
     _seconds("prefill", "Prefill attempts that gave a reference."),
@@ -138,6 +172,12 @@ ROUTER: tuple[SeriesSpec, ...] = (
     _gauge("outstanding_encode_tokens", "Encoder tokens sent to an instance or waiting for it.", _INSTANCE, _ROLE),
     _gauge("encode_tokens_per_second", "Encoder tokens demanded, over about the last half minute."),
     _gauge("encode_known_items", "Encoded items remembered with where they are kept."),
+    _gauge("slo_ttft_seconds", "Target `slo.ttft` of the fleet file."),
+    _gauge("slo_tpot_seconds", "Target `slo.tpot` of the fleet file."),
+    _gauge("predicted_ttft_seconds", "`predicted.ttft` of the fleet file.", *_BAND),
+    _gauge("predicted_tpot_seconds", "`predicted.tpot` of the fleet file.", *_BAND),
+    _gauge("predicted_requests_per_second", "`predicted.rate`: the rate that the predicted times are of."),
+    _gauge("predicted_error_ratio", "`predicted.error`: relative error of the predicted step times."),
     _gauge("requests_in_flight", "Requests inside the router."),
     _gauge("draining", "1 after SIGTERM."),
     _gauge("min_prompt_tokens", "Uncached prompt length from which prefill is disaggregated."),

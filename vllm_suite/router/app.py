@@ -31,6 +31,8 @@ from vllm_suite.router.probe import StockProbe, SuiteProbe
 from vllm_suite.router.prompt import Endpoint
 from vllm_suite.router.relay import ClientGone
 from vllm_suite.router.status import describe
+from vllm_suite.router.targets import Targets
+from vllm_suite.router.times import Times
 from vllm_suite.router.ui.history import STEP_S
 from vllm_suite.router.ui.routes import PATHS as UI_PATHS
 from vllm_suite.router.ui.routes import LiveRoutes
@@ -58,7 +60,9 @@ class Router:
         self._fleet_key = fleet_key()
         self.pool = Pool()
         self.live = Live(config.disaggregation.min_prompt_tokens, config.disaggregation.bytes_per_token)
-        self.metrics = RouterMetrics(self.pool, self.live)
+        targets = Targets.of(config)
+        self.metrics = RouterMetrics(self.pool, self.live, targets)
+        self._times = Times(targets, self.pool, self.metrics)
         self.watchdog = Watchdog()
         self._membership: Membership | None = None
         self.ui = LiveState(
@@ -159,7 +163,9 @@ class Router:
             if not response.prepared:
                 response.headers[REQUEST_ID] = job.rid
             code = str(response.status)
-            self.metrics.observe(time.perf_counter() - started, "request_seconds", job.path)
+            job.lap("decode")
+            self.metrics.observe(job.lapped - started, "request_seconds", job.path)
+            self._times.ended(job, response.status)
             return response
         except (ClientGone, asyncio.CancelledError) as exc:
             self.metrics.count("client_disconnects", job.stage if job is not None else "request")
@@ -183,6 +189,7 @@ class Router:
             return error_response(503, "the router is draining", retry_after_s=limits.retry_after_s)
         if live.requests_in_flight >= limits.outstanding_requests:
             self.metrics.count("rejected", "outstanding")
+            self._times.turned_away()
             return error_response(429, "too many outstanding requests", retry_after_s=limits.retry_after_s)
         return None
 

@@ -92,6 +92,15 @@ class PrefillAnswer(msgspec.Struct):
     usage: _Usage | None = None
 
 
+class _Times(msgspec.Struct, frozen=True):
+    queue_s: float = 0.0
+
+
+class _Timed(msgspec.Struct):
+    suite_times: _Times = _Times()
+
+
+_decode_times = msgspec.json.Decoder(_Timed).decode
 _decode_answer = msgspec.json.Decoder(PrefillAnswer).decode
 
 
@@ -104,3 +113,13 @@ def read_prefill_answer(body: bytes) -> tuple[bytes | None, int]:
     reference = bytes(answer.kv_transfer_params)
     tokens = answer.usage.prompt_tokens if answer.usage else 0
     return (reference if reference.startswith(b"{") and reference != b"{}" else None), tokens
+
+
+def prefill_queue_s(reference: bytes) -> float:
+    """Seconds that a request waited in prefill's queue, as plugin `disagg` says beside the reference; 0 elsewhere."""
+    if b'"suite_times"' not in reference:
+        return 0.0
+    try:
+        return _decode_times(reference).suite_times.queue_s
+    except msgspec.DecodeError:
+        return 0.0

@@ -10,7 +10,7 @@ import aiohttp
 from aiohttp import web
 
 from vllm_suite.router.blame import Blame, Failure, kind_of
-from vllm_suite.router.bodies import decode_body
+from vllm_suite.router.bodies import decode_body, prefill_queue_s
 from vllm_suite.router.config import RouterConfig
 from vllm_suite.router.decide import DECODE_ROLES, prefill_members, whole_reason
 from vllm_suite.router.encode.refusal import MediaRefused
@@ -61,6 +61,7 @@ class Chain:
             if job.prompt.has_media:
                 job.stage = "encode"
                 await self._encode.admit(job)
+                job.lap("encode")
             return await self._through(job)
         except MediaRefused as exc:
             self._metrics.count("rejected", f"media_{exc.reason}")
@@ -87,6 +88,7 @@ class Chain:
             prefix = prompt.prefix_key(job.hashes, settings.chunk_tokens, self._config.policies.prefix_tokens)
         job.demand = Demand(job.tokens, prefix)
         decode = await self._pick_decode(job, set(), wait=True)
+        job.lap("queue")
         if decode is None:
             raise UpstreamFailure("no_instance", "no decode instance is ready", status=503)
         reason = whole_reason(job, decode, self._pool, self._config.disaggregation)
@@ -95,7 +97,12 @@ class Chain:
         if job.media is not None:
             consumers = [decode] if reason else prefill_members(self._pool, job, decode, frozenset())
             await self._encode.provide(job, job.media, consumers, decode)
+            job.lap("encode")
         reference = None if reason else await self._prefill.reference(job, decode)
+        if not reason:
+            job.lap("prefill")
+            if reference:
+                job.moved("prefill", "queue", prefill_queue_s(reference))
         return await self._decode(job, decode, reference)
 
     # Decode
@@ -146,6 +153,8 @@ class Chain:
                     if rejection is not None:
                         raise rejection
                 job.stage = "stream"
+                job.answer = answer
+                job.lap("first_token")
                 if media is not None:
                     job.prompt.document, body, own = None, b"", b""
                     media.forget_media()

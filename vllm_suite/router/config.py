@@ -205,10 +205,8 @@ class RouterConfig(_Settings):
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
     auth: Auth = Auth()
-    slo: SloSpec = Field(default=SloSpec(), description="targets shown beside what is measured; nothing is rejected")
-    predicted: PredictedSpec | None = Field(
-        default=None, description="what a plan promised, shown beside what is measured"
-    )
+    slo: SloSpec = Field(default=SloSpec(), description="requests within it are counted as good")
+    predicted: PredictedSpec | None = Field(default=None, description="exported beside what is measured")
     trust_transfer_params: bool = Field(
         default=False,
         description="let clients send kv_transfer_params and ec_transfer_params; only behind another router",

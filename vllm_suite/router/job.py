@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -11,6 +13,9 @@ from vllm_suite.router.encode.plan import Plan
 from vllm_suite.router.guard import Guard
 from vllm_suite.router.policies import Demand
 from vllm_suite.router.prompt import Prompt
+
+if TYPE_CHECKING:
+    from vllm_suite.router.relay import Opened
 
 
 @dataclass(slots=True)
@@ -29,3 +34,18 @@ class Job:
     hashes: list[int] | None = None
     demand: Demand = field(default=Demand(0, None))
     media: Plan | None = None  # from the encode stage, where the request has any
+    answer: Opened | None = None  # the one that the client gets
+    laps: dict[str, float] = field(default_factory=dict)  # seconds by stage, for `times`
+    lapped: float = 0.0
+
+    def lap(self, stage: str) -> None:
+        """All that went by since the last lap, or since the start, was `stage`."""
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - (self.lapped or self.started)
+        self.lapped = now
+
+    def moved(self, source: str, target: str, seconds: float) -> None:
+        """So much of one stage was, as an instance says, another; never more than it took."""
+        seconds = min(max(seconds, 0.0), self.laps.get(source, 0.0))
+        self.laps[source] = self.laps.get(source, 0.0) - seconds
+        self.laps[target] = self.laps.get(target, 0.0) + seconds

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 # Longer than any answer: the cap of a request that sets none, where the instance does not say how long it may be.
 _NO_LIMIT = 1 << 20
 # Requests whose answer is several sequences, or no answer that the router understands.
-_UNCOUNTED = frozenset({"several_sequences", "batch", "beam_search", "malformed", "unparsed", "output_limit"})
+SEVERAL = frozenset({"several_sequences", "batch", "beam_search"})
+_UNCOUNTED = SEVERAL | {"malformed", "unparsed", "output_limit"}
 # Reasons for which an answer ends by itself, and those that cut it off; any other says nothing of its length.
 _EXACT = frozenset({"stop", "tool_calls", "function_call"})
 _CENSORED = frozenset({"length", "abort", "repetition"})
@@ -98,6 +99,13 @@ class OutputLengths:
 
 
 def measure(answer: Opened) -> tuple[int, str]:
+    """What `_measure` finds, once for each answer."""
+    if answer.measured is None:
+        answer.measured = _measure(answer)
+    return answer.measured
+
+
+def _measure(answer: Opened) -> tuple[int, str]:
     """Output tokens of a relayed answer and why it ended, "" where it was cut off.
 
     Exact where the end of the answer reports usage. A stream without it has about one token an event; its events

@@ -17,10 +17,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from vllm_suite.metrics import ROUTER, SeriesSpec
+from vllm_suite.metrics import ROUTER
 from vllm_suite.metrics.router import PREFIX
 from vllm_suite.router.members import Pool
 from vllm_suite.router.recent import Recent
+from vllm_suite.router.targets import Targets
 
 _SPECS = {spec.name.removeprefix(PREFIX).removesuffix("_total"): spec for spec in ROUTER}
 _COUNTERS, _HISTOGRAMS, _GAUGES = (
@@ -66,10 +67,14 @@ class Live:
 class RouterMetrics(Collector):
     """What one router counts, and its registry."""
 
-    def __init__(self, pool: Pool, live: Live) -> None:
+    def __init__(self, pool: Pool, live: Live, targets: Targets | None = None) -> None:
         self.registry = CollectorRegistry()
         self._pool = pool
         self._live = live
+        self._targets = targets or Targets()
+        self._bounds = {name: spec.buckets for name, spec in _HISTOGRAMS.items()}
+        for which, name in (("ttft_seconds", "ttft"), ("tpot_seconds", "tpot")):
+            self._bounds[which] = tuple(sorted({*self._bounds[which], *self._targets.bounds_s(name)}))
         self._counts: dict[tuple[str, ...], int] = {}
         self._observed: dict[tuple[str, ...], _Observed] = {}
         self.encode_rate = Rate()
@@ -88,7 +93,7 @@ class RouterMetrics(Collector):
         """Add an observation to a histogram: its name without prefix, then labels."""
         observed = self._observed.get(key)
         if observed is None:
-            observed = self._observed[key] = _Observed(_HISTOGRAMS[key[0]])
+            observed = self._observed[key] = _Observed(self._bounds[key[0]])
         observed.counts[bisect_left(observed.bounds, seconds)] += 1
         observed.total += seconds
 
@@ -141,13 +146,27 @@ class RouterMetrics(Collector):
         families["encode_known_items"].add_metric((), self._live.known_items)
         for name in ("requests_in_flight", "draining", "min_prompt_tokens", "bytes_per_token"):
             families[name].add_metric((), float(getattr(self._live, name)))
+        self._promised(families)
         return families
+
+    def _promised(self, families: dict[str, GaugeMetricFamily]) -> None:
+        slo = self._targets.slo
+        for which, target in (("slo_ttft_seconds", slo.ttft), ("slo_tpot_seconds", slo.tpot)):
+            if target is not None:
+                families[which].add_metric((), target / 1000)
+        for which, name in (("predicted_ttft_seconds", "ttft"), ("predicted_tpot_seconds", "tpot")):
+            for quantile, bound, seconds in self._targets.predicted_s(name):
+                families[which].add_metric((quantile, bound), seconds)
+        predicted = self._targets.predicted
+        if predicted is not None:
+            families["predicted_requests_per_second"].add_metric((), predicted.rate)
+            families["predicted_error_ratio"].add_metric((), predicted.error)
 
 
 class _Observed:
-    def __init__(self, spec: SeriesSpec) -> None:
-        self.bounds = spec.buckets
-        self.counts = [0] * (len(spec.buckets) + 1)
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
     def buckets(self) -> list[tuple[str, float]]:

@@ -36,6 +36,7 @@ class Opened:
     whole: bool
     tail: bytes = b""  # the last three pieces of a stream: its last token, usage and [DONE]
     ended: bool = False  # the instance gave all of it
+    measured: tuple[int, str] | None = None  # see `lengths.measure`
 
 
 async def open_answer(
