@@ -24,6 +24,11 @@ ENCODERS = 6
 ROWS = 640
 """Tokens of a 4032x3024 picture of MiniCPM-V 2.6: ten tiles of 64."""
 
+SEED = 6
+"""Of numpy's generator, from which EPD's client draws Poisson arrivals unless told otherwise."""
+
+_ROUNDS = 8
+
 Point = tuple[int, int, float]
 """Images, encoders, seconds to the first token."""
 
@@ -118,6 +123,43 @@ def alone(constants: Constants, images: int, encoders: int) -> float:
     found: list[Served] = []
     simulate_plan(epd(encoders, 1, 1), setting(constants, 0.025), [pictures(0, 0.0, images, 2)], found.append)
     return found[0].ttft
+
+
+def poisson(rate: float, requests: int) -> list[float]:
+    """Arrivals as EPD's client draws them: the first at 0."""
+    gaps = np.random.RandomState(SEED).gamma(1.0, 1.0 / rate, size=requests)
+    return [0.0, *(float(each) for each in np.cumsum(gaps)[:-1])]
+
+
+def in_turn(constants: Constants, images: int, encoders: int, rate: float, requests: int) -> float:
+    """Mean time to the first token of requests that arrive at this rate, simulated."""
+    found: list[Served] = []
+    asked = (pictures(number, at, images, 2) for number, at in enumerate(poisson(rate, requests)))
+    simulate_plan(epd(encoders, 1, 1), setting(constants, 0.025), asked, found.append)
+    return sum(each.ttft for each in found) / len(found)
+
+
+def fit_in_turn(measured: Sequence[Point], rate: float, requests: int) -> Constants:
+    """As `fit`, of times that EPD's requests measured while others were there.
+
+    What the simulation says that they wait is taken off, with the constants of the round before. Requests on one
+    encoder stand for one of DistServe's seven engines, most of which are idle at such a rate, and wait for nobody.
+    """
+    constants = fit(measured)
+    for _ in range(_ROUNDS):
+        constants = fit(
+            [
+                (images, encoders, seconds - _wait(constants, images, encoders, rate, requests))
+                for images, encoders, seconds in measured
+            ]
+        )
+    return constants
+
+
+def _wait(constants: Constants, images: int, encoders: int, rate: float, requests: int) -> float:
+    if encoders == 1:
+        return 0.0
+    return in_turn(constants, images, encoders, rate, requests) - alone(constants, images, encoders)
 
 
 def points(sizes: Sequence[int], rows: Iterable[tuple[int, Sequence[float]]], only: Sequence[int]) -> list[Point]:
