@@ -7,12 +7,16 @@ from itertools import pairwise
 
 import pytest
 from core_loop import drive
-from replay_engine import EngineSettings
+from fleets import setting
+from replay_engine import EngineSettings, _model
 from replay_traces import Row
 from replay_workload import Room
 from simulated import ExactSource
 
-from vllm_suite.planner.simulator.engine import Limits
+from vllm_suite.planner.models import Parallel
+from vllm_suite.planner.plan import PoolPlan
+from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.engine import Engine, Limits
 from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.pool import simulate
 from vllm_suite.planner.sources.steps import Steps
@@ -70,3 +74,33 @@ def test_batches_under_way(case: str, stages: int, ahead: bool, known: bool) -> 
     assert [job.longest_gap for job in jobs] == gaps
     assert (engine.steps, engine.preemptions, engine.free) == (served.steps, served.preemptions, blocks - 1)
     assert (engine.preemptions > 0) == caching
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("triton", [False, True])
+def test_vllm_has_as_many_batches_under_way(stages: int, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.config.vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+
+    # What vLLM makes of its defaults on a GPU: the second model runner where there is Triton.
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", triton)
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(lambda cls, config: None))
+    config = EngineArgs(
+        model=str(_model()),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        load_format="dummy",
+        max_model_len=4096,
+        pipeline_parallel_size=stages,
+        distributed_executor_backend="mp",
+    ).create_engine_config()
+    pool = PoolPlan("any", 1, Parallel(pp=stages), kv_blocks=100)
+    limits = setting(second_runner=triton, async_scheduling=True).limits(pool)
+    assert limits.async_scheduling == config.scheduler_config.async_scheduling
+    source = ExactSource()
+    source.stages = stages
+    engine = Engine(Clock(), source, limits, lambda job, now: None)
+    places = engine._pipeline.places if engine._pipeline else 1 + limits.async_scheduling
+    assert places == config.max_concurrent_batches

@@ -9,7 +9,6 @@ from vllm_suite.fleet.predicted import PredictedSpec
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.planner.models import Model, Quantization
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Slo
-from vllm_suite.planner.search.simulated import for_plan
 from vllm_suite.planner.simulator.setting import Setting
 
 # vLLM quantises a 16-bit checkpoint to these while it loads; any other format has to be the checkpoint's.
@@ -39,7 +38,6 @@ def fleet_of(
     Raises:
         PlanError: formats that vLLM cannot make of the checkpoint.
     """
-    setting = for_plan(setting, plan)
     swiftkv = any(layer.late for layer in setting.model.layers)
     encodes = plan.pool("encode") is not None
     plugins = ["disagg", *(["epd"] if encodes else []), *(["swiftkv"] if swiftkv else [])]
@@ -48,7 +46,7 @@ def fleet_of(
         "gpu_memory_utilization": setting.utilisation,
         "block_size": setting.block_size,
         "enable_prefix_caching": setting.prefix_caching,
-        "async_scheduling": setting.async_scheduling,
+        "async_scheduling": all(setting.ahead(pool) for pool in plan.pools),
     }
     if longest is not None:
         engine["max_model_len"] = longest

@@ -14,7 +14,6 @@ from vllm_suite.planner.report.series import PoolSeries
 from vllm_suite.planner.report.study import Study
 from vllm_suite.planner.search.case import Case, What
 from vllm_suite.planner.search.search import SearchResult
-from vllm_suite.planner.search.simulated import for_plan
 from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.jobs import SimulationError
 from vllm_suite.planner.simulator.served import Served
@@ -89,7 +88,7 @@ def _run(case: Case, plan: Plan, rate: float, sample: list[Request]) -> tuple[Co
         collector(served)
         timeline.served(served)
 
-    simulate_plan(plan, for_plan(setting, plan), simulated.requests(rate), sink, observer=Both(series, timeline))
+    simulate_plan(plan, setting, simulated.requests(rate), sink, observer=Both(series, timeline))
     return collector, series, timeline
 
 

@@ -11,7 +11,6 @@ from vllm_suite.planner.evaluate import goodput
 from vllm_suite.planner.plan import Plan, PlanError
 from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.search import SearchResult
-from vllm_suite.planner.search.simulated import for_plan
 from vllm_suite.planner.simulator.jobs import SimulationError
 from vllm_suite.planner.traces import Workload
 from vllm_suite.planner.watch import Prometheus, Recorded, Settings, WatchError, watch
@@ -46,7 +45,7 @@ class Searched:
         """See `Planner`; by the bisection of `evaluate.goodput`."""
         case = self.case
         try:
-            found = goodput(plan, for_plan(case.setting, plan), workload, case.slo, requests=case.requests,
+            found = goodput(plan, case.setting, workload, case.slo, requests=case.requests,
                             start=workload.rate, seed=case.seed)  # fmt: skip
         except (PlanError, SimulationError):
             return 0.0

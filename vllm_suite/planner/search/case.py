@@ -15,7 +15,7 @@ from vllm_suite.planner.search.bounds import Bounds
 from vllm_suite.planner.search.choices import Choices
 from vllm_suite.planner.search.horizon import Horizon
 from vllm_suite.planner.search.objective import Goal, Objective
-from vllm_suite.planner.search.simulated import Simulated, for_plan, part, parts
+from vllm_suite.planner.search.simulated import Simulated, part, parts
 from vllm_suite.planner.search.sources import Sources
 from vllm_suite.planner.search.space import Space
 from vllm_suite.planner.search.state import digest
@@ -134,7 +134,7 @@ class Case:
         plan, rate = part(what.plan, what.rate)
         found = evaluate(
             plan,
-            for_plan(setting, plan),
+            setting,
             lambda: simulated.requests(rate),
             self.slo,
             rate=rate,

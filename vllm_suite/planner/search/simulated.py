@@ -138,7 +138,7 @@ class Simulated:
         requests = self.requests(rate)
         sink = _Count(self.slo, requests, self.horizon.counted([each.arrival for each in requests]), until)
         with contextlib.suppress(_Decided):
-            simulate_plan(plan, for_plan(self.setting, plan), sink.arriving(), sink)
+            simulate_plan(plan, self.setting, sink.arriving(), sink)
         met, seen = sink.met >= sink.need and not sink.failed, sink.met + sink.missed
         if not sink.whole:
             # Of a run that was cut short nothing but the answer holds.
@@ -151,7 +151,7 @@ class Simulated:
 
     def _joules(self, plan: Plan, requests: list[Request]) -> float:
         """Per generated token, in a second run to the end."""
-        found = evaluate(plan, for_plan(self.setting, plan), lambda: requests, self.slo, energy=True).joules_per_token
+        found = evaluate(plan, self.setting, lambda: requests, self.slo, energy=True).joules_per_token
         return math.nan if found is None else found
 
 
@@ -171,15 +171,6 @@ def part(plan: Plan, rate: float) -> tuple[Plan, float]:
         return plan, rate
     pools = (replace(pool, count=pool.count // times, ranks=pool.ranks[: pool.count // times]) for pool in plan.pools)
     return Plan(tuple(pools)), rate / times
-
-
-def for_plan(setting: Setting, plan: Plan) -> Setting:
-    """The setting that a plan is simulated with: no scheduling ahead where an engine has pipeline stages.
-
-    vLLM turns both together off unless its second model runner is used.
-    """
-    staged = any(pool.parallel.pp > 1 for pool in plan.pools)
-    return replace(setting, async_scheduling=False) if staged else setting
 
 
 def interval(met: int, count: int) -> tuple[float, float]:

@@ -68,6 +68,8 @@ class Setting:
             source takes time.
         encode_seconds: seconds of one item on one encoder of a pool, alone; None where no request has items.
         prefix_caching, async_scheduling: vLLM's settings of every engine.
+        second_runner: vLLM's second model runner, its default where Triton is installed. With the first one vLLM does
+            not schedule ahead where an engine has pipeline stages (vllm/config/vllm.py, 0.32).
         by_length: requests end at a length that the engine was told, as in a benchmark; see `Limits`.
         block_size: tokens of a block of cache.
         queue: makes each engine's waiting queue; None for first come, first served.
@@ -82,6 +84,7 @@ class Setting:
     encode_seconds: Callable[[PoolPlan, Item], float] | None = None
     prefix_caching: bool = True
     async_scheduling: bool = True
+    second_runner: bool = True
     by_length: bool = False
     block_size: int = 16
     queue: Callable[[], WaitingQueue] | None = None
@@ -92,6 +95,10 @@ class Setting:
         """The model as an engine of the pool holds it: with or without encoder, without SwiftKV's late layers."""
         model = prefill_only(self.model) if pool.late_kv_only else self.model
         return model if encoder else replace(model, encoder=None)
+
+    def ahead(self, pool: PoolPlan) -> bool:
+        """Whether a pool's engines schedule ahead."""
+        return self.async_scheduling and (pool.parallel.pp == 1 or self.second_runner)
 
     def encodes(self, plan: Plan, pool: PoolPlan) -> bool:
         """Whether a pool's engines hold the model's encoder: without an encode pool all do, beside one those whose
@@ -138,7 +145,7 @@ class Setting:
             block_size=self.block_size,
             max_num_seqs=pool.max_num_seqs,
             max_num_batched_tokens=pool.max_num_batched_tokens,
-            async_scheduling=self.async_scheduling,
+            async_scheduling=self.ahead(pool),
             by_length=self.by_length,
             prefix_caching=self.prefix_caching,
         )
