@@ -63,14 +63,21 @@ class PoolPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A fleet: either one pool `any`, or `prefill` and `decode`; with either also `encode`."""
+    """A fleet: either one pool `any`, or `prefill` and `decode`; with either also `encode`.
+
+    Raises:
+        PlanError: other roles, or several pools of one.
+    """
 
     pools: tuple[PoolPlan, ...]
 
     def __post_init__(self) -> None:
         roles = [pool.role for pool in self.pools]
         if len(set(roles)) != len(roles):
-            raise PlanError(f"two pools of one role: {', '.join(roles)}")
+            raise PlanError(
+                f"two pools of one role: {', '.join(roles)}; a role has one pool of equal engines, here as in a fleet"
+                " file: give that pool more engines, or plan the parts as fleets of their own"
+            )
         serving = set(roles) - {"encode"}
         if serving not in ({"any"}, {"prefill", "decode"}):
             raise PlanError(f"pools {', '.join(roles) or 'none'}: needs `any`, or `prefill` and `decode`")

@@ -396,8 +396,7 @@ def test_nothing_is_lost(
     )
     has["prefill"]["max_num_batched_tokens"] = 64
     has["prefill"]["max_num_seqs"] = 8
-    # Ranks in lockstep that have pipeline stages are refused.
-    pools = {role: {**sizes, "parallel": Parallel(dp=ranks if stages == 1 else 1)} for role, sizes in has.items()}
+    pools = {role: {**sizes, "parallel": Parallel(dp=ranks, pp=stages)} for role, sizes in has.items()}
     served, run = serve(plan(**pools), of, requests, observer=watch)
     assert [one.number for one in served] == list(range(40))
     assert watch.empty()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_suite.planner.simulator.clock import Clock, Kind
-from vllm_suite.planner.simulator.jobs import SimulationError
+from vllm_suite.planner.simulator.staged import StagedRanks
 from vllm_suite.planner.sources.steps import DecodeLine
 
 if TYPE_CHECKING:
@@ -37,20 +37,21 @@ class Lockstep:
         self._active: list[Engine] = []
         self._pace = DecodeLine(0.0, 0.0)
         self._count, self._start, self._version = 0, 0.0, 0
+        # With pipeline stages.
+        self._staged: StagedRanks | None = None
 
     def join(self, rank: Engine) -> None:
-        """A rank is made.
-
-        Raises:
-            SimulationError: it has pipeline stages.
-        """
-        if rank.source.stages > 1:
-            raise SimulationError("data-parallel ranks in lockstep that have pipeline stages are not simulated")
+        """A rank is made."""
         self.ranks.append(rank)
+        if rank.source.stages > 1:
+            self._staged = self._staged or StagedRanks(self.clock)
+            self._staged.join(rank)
 
     def awake(self, rank: Engine, now: float) -> None:
         """A rank may be able to let a waiting job in."""
-        if not self._running:
+        if self._staged is not None:
+            self._staged.awake(now)
+        elif not self._running:
             self._running = self._between = True
             self._version += 1
             self.clock.post(now, Kind.WAKE, self.ranks[0].number, self._version, self._wake)

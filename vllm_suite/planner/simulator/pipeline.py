@@ -70,7 +70,6 @@ class Pipeline:
             if engine._inside or engine._left:
                 engine._left = False
                 batch = self._next(now)
-                queue.append(batch)
                 if len(queue) < self.places and (batch.plan is not None or engine._inside):
                     continue
             if not queue or (empty > self.places and all(each.plan is None for each in queue)):
@@ -84,16 +83,26 @@ class Pipeline:
                 engine.clock.post(queue[0].end, Kind.STEP_END, engine.number, engine._version, self._ended)
                 return
             empty += queue[0].plan is None
-            self._take(now)
+            self.take(now)
 
     def _ended(self, now: float, version: int) -> None:
         if version != self.engine._version:
             return
-        self._take(now)
+        self.take(now)
         self.proceed(now)
 
     def _next(self, now: float) -> Batch:
         """Decide on the next batch and send it on its way."""
+        batch, start = self.decide(now), now
+        if batch.plan is None:
+            end = max(now, self.queue[-1].end if self.queue else 0.0)
+        else:
+            start, end = self._enter(batch.plan, self.ready(batch, now))
+        self.send(batch, start, end)
+        return batch
+
+    def decide(self, now: float) -> Batch:
+        """The next batch, which has yet to be sent."""
         engine = self.engine
         cohort = self._choose()
         self.calls += 1
@@ -104,17 +113,27 @@ class Pipeline:
         engine._schedule(now)
         plan = engine._plan
         if plan is None:
-            return Batch(cohort, None, now, max(now, self.queue[-1].end if self.queue else 0.0), None)
+            return Batch(cohort, None, now, now, None)
         plan.sampled, plan.leaving = engine._apply(1)
         cohort.flying += 1
         partial = engine._partial
         if partial is not None:
             partial.flying += 1
-        index = self.cohorts.index(cohort)
-        ready = max(now, self.known_at[index]) if plan.steps.decode_sequences else now
-        start, end = self._enter(plan, ready)
-        self.known_at[index] = end
-        return Batch(cohort, plan, start, end, partial)
+        return Batch(cohort, plan, now, now, partial)
+
+    def ready(self, batch: Batch, now: float) -> float:
+        """When the tokens that a batch decodes from are known."""
+        assert batch.plan is not None
+        if not batch.plan.steps.decode_sequences:
+            return now
+        return max(now, self.known_at[self.cohorts.index(batch.cohort)])
+
+    def send(self, batch: Batch, start: float, end: float) -> None:
+        """A batch is under way between these times."""
+        batch.start, batch.end = start, end
+        if batch.plan is not None:
+            self.known_at[self.cohorts.index(batch.cohort)] = end
+        self.queue.append(batch)
 
     def _choose(self) -> Decoding:
         if self.engine.limits.async_scheduling:
@@ -125,15 +144,18 @@ class Pipeline:
     def _enter(self, plan: Plan, ready: float) -> tuple[float, float]:
         """A batch goes through the stages, each as soon as it and the batch are free; when it enters and leaves."""
         free_at = self.free_at
-        slowest = self.slowest(plan.steps)
-        # The slowest stage is taken to be the last, which has the output head.
-        others = max(0.0, plan.seconds - slowest) / (len(free_at) - 1)
+        others, slowest = self.shares(plan)
         start = at = max(ready, free_at[0])
         for stage in range(len(free_at) - 1):
             at = free_at[stage] = max(at, free_at[stage]) + others
         at = free_at[-1] = max(at, free_at[-1]) + slowest
         self.engine.busy += max(plan.seconds, slowest) / len(free_at)
         return start, at
+
+    def shares(self, plan: Plan) -> tuple[float, float]:
+        """Seconds in each stage but the last, and in the last: the slowest, as it has the output head."""
+        slowest = self.slowest(plan.steps)
+        return max(0.0, plan.seconds - slowest) / (len(self.free_at) - 1), slowest
 
     def slowest(self, steps: Steps) -> float:
         """Seconds in the last stage."""
@@ -144,7 +166,7 @@ class Pipeline:
             seconds = max(seconds - host, host)
         return seconds
 
-    def _take(self, now: float) -> None:
+    def take(self, now: float) -> None:
         """The oldest batch has ended: its tokens come out."""
         batch, engine = self.queue.popleft(), self.engine
         plan, cohort = batch.plan, batch.cohort
