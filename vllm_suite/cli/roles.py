@@ -23,11 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status = verbs.add_parser("status", help="role, phase and queue of each instance")
     set_ = verbs.add_parser("set", help="switch one instance, and wait until it has ended")
     set_.add_argument("instance", help="instance id, as status shows it")
-    set_.add_argument("role", choices=("prefill", "decode", "any"))
+    set_.add_argument("role", choices=("encode", "prefill", "decode", "any"))
     set_.add_argument("--timeout", type=float, default=200.0, metavar="S", help="to wait (200)")
     control = verbs.add_parser("control", help="follow the load until interrupted")
     control.add_argument("fleet", type=Path, help="fleet file; its section `roles` says how")
     control.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    control.add_argument(
+        "--lease", metavar="NAME", help="of a Kubernetes Lease in this pod's namespace: of several controllers one acts"
+    )
     control.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus series there")
     control.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for them (127.0.0.1)")
     for verb in (status, set_, control):
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """0 where what was asked for is true: a `set` that did not switch gives 1."""
     from vllm_suite.fleet.files import FleetFileError
     from vllm_suite.fleet.status import NoFleet
+    from vllm_suite.kube.client import NotInCluster
     from vllm_suite.roles.client import NoAnswer
     from vllm_suite.roles.predict import PredictError
     from vllm_suite.router.auth import KeyFileError
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     action = {"status": _status, "set": _set, "control": _control}[args.action]
     try:
         return asyncio.run(action(args))
-    except (FleetFileError, KeyFileError, PredictError) as error:
+    except (FleetFileError, KeyFileError, PredictError, NotInCluster) as error:
         print(f"vllm-suite roles: {error}", file=sys.stderr)
         return 2
     except (NoFleet, NoAnswer) as error:
@@ -129,24 +133,31 @@ async def _set(args: argparse.Namespace) -> int:
 
 async def _control(args: argparse.Namespace) -> int:
     import signal
+    import socket
 
     import aiohttp
     from prometheus_client import CollectorRegistry, start_http_server
 
     from vllm_suite.fleet.files import load_fleet
+    from vllm_suite.kube.client import Kube
     from vllm_suite.roles.controller import Controller
     from vllm_suite.roles.follow import rule_of
+    from vllm_suite.roles.lease import Lease
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     access, fleet = _access(args), load_fleet(args.fleet)
     registry = CollectorRegistry()
     if args.metrics_port is not None:
         start_http_server(args.metrics_port, addr=args.metrics_host, registry=registry)
-    controller = Controller(fleet.roles, access, registry, rule_of(fleet), dry_run=args.dry_run)
+    kube = Kube.in_cluster() if args.lease else None
+    lease = Lease(kube, args.lease, socket.gethostname()) if kube is not None else None
+    controller = Controller(fleet.roles, access, registry, rule_of(fleet), dry_run=args.dry_run, lease=lease)
     async with aiohttp.ClientSession() as session:
         task = asyncio.create_task(controller.run(session))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         with contextlib.suppress(asyncio.CancelledError):
             await task
+    if kube is not None:
+        await kube.close()
     return 0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import io
 import os
+import secrets
 from typing import Any
 
 from vllm_suite.compat.engine_calls import call_engines
 from vllm_suite.compat.role_limits import METHOD
 from vllm_suite.compat.worker_calls import EngineGone
-from vllm_suite.identity import Role
+from vllm_suite.encoded import ERROR_KEY, ITEM_KEY, item_content
+from vllm_suite.handoff import Handoff, fleet_key, parse
+from vllm_suite.identity import Role, identity
 from vllm_suite.roles.gate import PROBE_HEADER, REFUSED_HEADER, STAGE_HEADER, Door
 from vllm_suite.roles.instance import EngineDied, Settings, SwitchError
 from vllm_suite.roles.limits import RoleLimits
@@ -58,13 +64,33 @@ class RoleEngine:
         if stage == "prefill":
             return await self._prefill()
         if stage == "encode":
-            raise SwitchError(f"there is no probe for {stage}")
+            return await self._encode()
         body = {"prompt": list(range(3, 11)), "max_tokens": PROBE_TOKENS, "ignore_eos": True, "return_token_ids": True}
         status, answer, _ = await self._post(stage, body)
         tokens = _choice(answer).get("token_ids")
         if status != 200 or not isinstance(tokens, list) or len(tokens) != PROBE_TOKENS:
             raise SwitchError(f"the decode probe got status {status} and tokens {tokens!r}")
         return tokens
+
+    async def _encode(self) -> object:
+        # A name that no cache knows: the picture is really encoded.
+        name = secrets.token_hex(16)
+        picture = {"type": "image_url", "image_url": {"url": _picture()}, "uuid": name}
+        body = {
+            "messages": [{"role": "user", "content": [picture]}],
+            "max_tokens": 1,
+            "ec_transfer_params": {"suite_encode_only": True},
+        }
+        status, answer, _ = await self._post("encode", body, "/v1/chat/completions")
+        entries = answer.get("ec_transfer_params")
+        entries = list(entries.items()) if isinstance(entries, dict) else []
+        if status != 200 or len(entries) != 1 or not isinstance(entries[0][1], dict):
+            raise SwitchError(f"the encode probe got status {status} and {len(entries)} items: {answer}"[:500])
+        identifier, entry = entries[0]
+        wrong = _unlike(entry, identifier)
+        if wrong is not None:
+            raise SwitchError(f"the encode probe's item: {wrong}")
+        return True
 
     async def refuses(self, stage: Stage) -> bool:
         """See `Engine`."""
@@ -81,7 +107,9 @@ class RoleEngine:
             raise SwitchError(f"the prefill probe got status {status} and no reference to KV blocks")
         return True
 
-    async def _post(self, stage: Stage | None, body: dict[str, Any]) -> tuple[int, dict[str, Any], bool]:
+    async def _post(
+        self, stage: Stage | None, body: dict[str, Any], path: str = "/v1/completions"
+    ) -> tuple[int, dict[str, Any], bool]:
         import httpx
 
         headers = {PROBE_HEADER: self._door.probe_key}
@@ -92,7 +120,7 @@ class RoleEngine:
         transport = httpx.ASGITransport(app=self._app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://probe", timeout=None) as client:
             document = {"model": self._model, "temperature": 0, "stream": False, **body}
-            response = await client.post("/v1/completions", json=document, headers=headers)
+            response = await client.post(path, json=document, headers=headers)
         try:
             answer = response.json()
         except ValueError:
@@ -107,6 +135,33 @@ class RoleEngine:
         if len(answers) != 1:
             raise SwitchError(f"{len(answers)} engines answered; one is supported")
         return answers
+
+
+def _unlike(entry: dict[str, Any], identifier: str) -> str | None:
+    """What is wrong with an item's reference, of which this instance has to be the producer; None: nothing."""
+    if ERROR_KEY in entry:
+        return f"it was encoded and not kept: {entry[ERROR_KEY]!r}"
+    ref = parse(entry.get(ITEM_KEY))
+    if not isinstance(ref, Handoff):
+        return f"its reference is {ref.value}"
+    me, key = identity(), fleet_key()
+    if (ref.producer, ref.epoch) != (me.instance_id, me.epoch):
+        return f"it is of {ref.producer} epoch {ref.epoch}"
+    if ref.check_signature(key) is not None:
+        return "its signature is wrong"
+    if ref.content != item_content(identifier) or ref.tokens < 1:
+        return f"it is of other content, with {ref.tokens} rows"
+    return None
+
+
+@functools.cache
+def _picture() -> str:
+    """A plain picture as a `data:` URL."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (112, 112), (90, 120, 30)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _choice(answer: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_suite.catalog import ENV_PLUGINS
 from vllm_suite.compat.role_engine import RoleEngine
 from vllm_suite.compat.role_series import observe
-from vllm_suite.identity import ROLES, identity
+from vllm_suite.identity import ROLES, Role, identity
 from vllm_suite.roles.gate import Door, Gate
 from vllm_suite.roles.instance import Switcher, SwitchError
 from vllm_suite.roles.limits import ENV_LIMITS, parse
@@ -62,7 +62,7 @@ class RoleRoutes:
         self.fixed = why_fixed(client)
         if self.fixed is None:
             engine = RoleEngine(client, self._app, args, model, self.door, limits)
-            self.switcher = Switcher(self.door, engine, ("prefill", "decode", "any"), ended=observe)
+            self.switcher = Switcher(self.door, engine, able(client), ended=observe)
 
     def set(self, body: Any) -> tuple[int, dict[str, Any]]:
         """Begin a switch: status and answer. `outcome` is `begun`, `noop` or `refused`."""
@@ -124,6 +124,14 @@ def why_fixed(client: Any) -> str | None:
     if parallel._api_process_count > 1:
         return "several API servers cannot switch together yet"
     return None
+
+
+def able(client: Any) -> tuple[Role, ...]:
+    """Roles that an instance can have which can switch."""
+    config = client.vllm_config
+    ec = getattr(config, "ec_transfer_config", None)
+    encodes = ec is not None and ec.ec_role == "ec_both" and config.model_config.is_multimodal_model
+    return ("encode", "prefill", "decode", "any") if encodes else ("prefill", "decode", "any")
 
 
 def _wrong(body: Any) -> str | None:

@@ -166,8 +166,11 @@ class FleetSpec(Settings):
             alone = "encode" if not counts.get("prefill") else "prefill"
             raise ValueError(f"pools: {alone} instances need a decode or an any instance to hand over to")
         start, able = self.roles.start, counts.get("any", 0)
-        if start.prefill + start.decode > able:
-            raise ValueError(f"roles.start: {start.prefill} and {start.decode} of the {able} instances in pools.any")
+        if start.encode + start.prefill + start.decode > able:
+            wanted = ", ".join(f"{role} {start.of(role)}" for role in ("encode", "prefill", "decode"))
+            raise ValueError(f"roles.start: {wanted} of the {able} instances in pools.any")
+        if start.encode and "epd" not in self.plugins:
+            raise ValueError(f"roles.start.encode: encoding needs plugin epd; plugins is {list(self.plugins)}")
         if counts.get("encode"):
             self._encoders_have_consumers()
         return self

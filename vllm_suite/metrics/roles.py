@@ -35,14 +35,15 @@ CONTROLLER: tuple[SeriesSpec, ...] = (
     SeriesSpec("vllm_suite_roles_instances", "gauge", "Ready instances by role.", (ROLE,)),
     SeriesSpec("vllm_suite_roles_queue", "gauge", "Requests that wait on them.", (ROLE,)),
     SeriesSpec("vllm_suite_roles_out", "gauge", "Instances that a failed switch left out; they need a restart."),
+    SeriesSpec("vllm_suite_roles_leader", "gauge", "1 while this controller holds the Lease; with --lease alone."),
     SeriesSpec("vllm_suite_roles_demand", "gauge", "Requests per second that come, and those that wait over a window."),
     SeriesSpec("vllm_suite_roles_goodput", "gauge", "Requests per second within the targets that are predicted now."),
     SeriesSpec("vllm_suite_roles_goodput_best", "gauge", "The same with the best single switch."),
     SeriesSpec(
         "vllm_suite_roles_looks_total",
         "counter",
-        "Looks at the fleet: ok, partial, no_router.",
-        (one_of("outcome", "ok", "partial", "no_router"),),
+        "Looks at the fleet: ok, partial, no_router; no look: follower, no_api.",
+        (one_of("outcome", "ok", "partial", "no_router", "follower", "no_api"),),
     ),
     SeriesSpec(
         "vllm_suite_roles_moves_total",

@@ -16,6 +16,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 class Counts(Settings):
     """Instances by role."""
 
+    encode: Number = Field(default=0, description="instances that encode; needs plugin `epd`")
     prefill: Number = Field(default=0, description="instances that prefill")
     decode: Number = Field(default=0, description="instances that decode")
 
@@ -27,6 +28,7 @@ class Counts(Settings):
 class Floor(Counts):
     """Instances that a role keeps."""
 
+    encode: Number = Field(default=0, description="ready instances that encode")
     prefill: Number = Field(default=1, description="ready instances that prefill")
     decode: Number = Field(default=1, description="ready instances that decode")
 

@@ -2,7 +2,7 @@
 
 It keeps nothing that matters: the roles are in the instances. If it dies the fleet keeps its roles, and another begins
 with a look. Two of them cannot break a switch (an instance takes one at a time, and only for the epoch that was seen),
-but together they may bring a pool below its floor, so run one.
+but together they may bring a pool below its floor, so run one, or several with a Lease.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_suite.metrics import CONTROLLER as SPECS
-from vllm_suite.roles.client import Access, NoAnswer, look, switch
+from vllm_suite.roles.client import TIMEOUT_S, Access, NoAnswer, look, switch
 from vllm_suite.roles.config import RolesSpec
 from vllm_suite.roles.decider import ROLES, Decider, Move
 from vllm_suite.roles.follow import Follow, Rule
+from vllm_suite.roles.lease import Lease
 from vllm_suite.roles.seen import Seen
 
 if TYPE_CHECKING:
     import aiohttp
     from prometheus_client import CollectorRegistry
+
+SURE_S = TIMEOUT_S + 1.0
+"""A switch is asked for only while the lease is held for longer than the request may take."""
+
+RELEASE_S = 5.0
 
 _log = logging.getLogger("vllm.suite.roles")
 
@@ -33,6 +39,7 @@ class Controller:
     Args:
         rule: that decides; EPD's where it is left out.
         dry_run: say what would be done, and do nothing.
+        lease: acts only while it is held.
     """
 
     def __init__(
@@ -42,11 +49,14 @@ class Controller:
         registry: CollectorRegistry,
         rule: Rule | None = None,
         dry_run: bool = False,
+        lease: Lease | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
         self._access = access
         self._dry_run = dry_run
+        self._lease = lease
+        self._leads = lease is None
         self._clock = clock
         self._rule = rule or Follow()
         self._decider = Decider(spec, self._rule)
@@ -55,12 +65,19 @@ class Controller:
 
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Look again and again, until cancelled."""
-        while True:
-            await self.once(session)
-            await asyncio.sleep(self._spec.every)
+        try:
+            while True:
+                await self.once(session)
+                await asyncio.sleep(self._spec.every)
+        finally:
+            if self._lease is not None:
+                async with asyncio.timeout(RELEASE_S):
+                    await self._lease.release()
 
     async def once(self, session: aiohttp.ClientSession) -> Move | None:
         """One look, and what was decided after it."""
+        if self._lease is not None and not await self._lead(self._lease):
+            return None
         try:
             fleet, troubles = await look(session, self._access)
         except NoAnswer as error:
@@ -79,8 +96,24 @@ class Controller:
         self._foreseen()
         if move is None:
             return None
+        if self._lease is not None and self._lease.left() < SURE_S:
+            # Whoever leads next has to see this switch: it has to be begun before the lease can be theirs.
+            self._count("vllm_suite_roles_looks_total", "no_api")
+            return None
         await self._make_move(session, move)
         return move
+
+    async def _lead(self, lease: Lease) -> bool:
+        outcome = await lease.hold()
+        leads = outcome == "leader" and lease.left() >= SURE_S
+        self._series["vllm_suite_roles_leader"].set(leads)
+        if leads and not self._leads:
+            # What the one before did, and when, is not known here.
+            self._decider.took_over(self._clock())
+        self._leads = leads
+        if not leads:
+            self._count("vllm_suite_roles_looks_total", "no_api" if outcome == "leader" else outcome)
+        return leads
 
     async def _make_move(self, session: aiohttp.ClientSession, move: Move) -> None:
         what = f"{move.instance.instance_id}: {move.instance.role} to {move.target} ({move.why})"
@@ -104,7 +137,7 @@ class Controller:
         self._series["vllm_suite_roles_moves_total"].labels(move.instance.role, move.target, move.why, outcome).inc()
 
     def _gauges(self, fleet: list[Seen]) -> None:
-        for role in (*ROLES, "any", "encode"):
+        for role in (*ROLES, "any"):
             pool = [one for one in fleet if one.role == role]
             self._series["vllm_suite_roles_instances"].labels(role).set(sum(one.ready for one in pool))
             self._series["vllm_suite_roles_queue"].labels(role).set(sum(one.queue for one in pool))

@@ -11,7 +11,7 @@ from vllm_suite.roles.config import RolesSpec
 from vllm_suite.roles.rules import Policy, Stage, Switch
 from vllm_suite.roles.seen import Seen
 
-ROLES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+ROLES: tuple[Literal["encode", "prefill", "decode"], ...] = ("encode", "prefill", "decode")
 BACK = 4
 """The way back has to wait so many times `hold`."""
 
@@ -57,8 +57,12 @@ class Decider:
             self._last = Switch(move.instance.role, move.target)
         self._last_at = now
 
+    def took_over(self, now: float) -> None:
+        """From another controller, which may have made a switch just now."""
+        self._asked, self._times, self._last_at = None, 0, now
+
     def _start(self, able: Sequence[Seen]) -> Move | None:
-        for role in ROLES:
+        for role in ("prefill", "decode", "encode"):
             if sum(one.role == role for one in able) >= self._spec.start.of(role):
                 continue
             free = [one for one in able if one.role == "any" and role in one.can]
@@ -69,7 +73,8 @@ class Decider:
         return None
 
     def _by_rule(self, able: Sequence[Seen], now: float) -> Move | None:
-        stages = [self._stage(role, able) for role in ROLES]
+        # Encoding is a stage of its own only where somebody does nothing else; else those of role `any` do it.
+        stages = [self._stage(role, able) for role in ROLES if role != "encode" or _has_role(able, role)]
         switch = self._rule(stages, now)
         if switch is None:
             return self._hold("rule")
@@ -77,7 +82,8 @@ class Decider:
         source = next(stage for stage in stages if stage.role == switch.source)
         if self._spec.rule == "epd" and asked.queue < self._spec.least_queue:
             return self._hold("queue")
-        if source.engines <= self._spec.floor.of(switch.source):
+        free = [one for one in able if one.role == "any" and switch.target in one.can]
+        if not free and source.engines <= self._spec.floor.of(switch.source):
             return self._hold("floor")
         self._times = self._times + 1 if switch == self._asked else 1
         self._asked = switch
@@ -90,10 +96,10 @@ class Decider:
         if now - self._last_at < wait:
             self.held = "hold"
             return None
-        movable = [one for one in able if one.role == switch.source and switch.target in one.can]
+        movable = free or [one for one in able if one.role == switch.source and switch.target in one.can]
         if not movable:
             return self._hold("nobody")
-        # The one with least to finish is drained soonest.
+        # One without a role is nobody's loss. Else the one with least to finish is drained soonest.
         instance = min(movable, key=lambda one: (one.running + one.queue, one.instance_id))
         return Move(instance, switch.target, "rule")
 
@@ -103,6 +109,10 @@ class Decider:
         return None
 
     @staticmethod
-    def _stage(role: Literal["prefill", "decode"], able: Sequence[Seen]) -> Stage:
+    def _stage(role: Literal["encode", "prefill", "decode"], able: Sequence[Seen]) -> Stage:
         pool = [one for one in able if one.role == role]
         return Stage(role, sum(one.queue for one in pool), sum(one.running for one in pool), len(pool))
+
+
+def _has_role(able: Sequence[Seen], role: Role) -> bool:
+    return any(one.role == role for one in able)

@@ -66,7 +66,8 @@ class Foresee:
         if traffic is None:
             self._figures = dict.fromkeys(("demand", "goodput", "goodput_best"), math.nan)
             return None
-        return self._asked(traffic, stages, now)
+        # The counts of engines say nothing of what there is to encode.
+        return self._asked(traffic, [stage for stage in stages if stage.role != "encode"], now)
 
     def _asked(self, traffic: Traffic, stages: Sequence[Stage], now: float) -> Switch | None:
         engines = {stage.role: stage.engines for stage in stages}

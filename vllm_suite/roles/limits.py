@@ -31,14 +31,13 @@ class RoleLimits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    encode: Limits = Field(default=Limits(), description="instances that encode")
     prefill: Limits = Field(default=Limits(), description="instances that prefill")
     decode: Limits = Field(default=Limits(), description="instances that decode")
-    any: Limits = Field(default=Limits(), description="instances that do both")
+    any: Limits = Field(default=Limits(), description="instances that do all of it")
 
     def of(self, role: Role) -> dict[str, int]:
         """What differs from the start."""
-        if role == "encode":
-            return {}
         limits: Limits = getattr(self, role)
         return limits.model_dump(exclude_none=True)
 

@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse
 from vllm_suite.compat import role_limits, role_routes
 from vllm_suite.compat.endpoint import Control
 from vllm_suite.compat.role_engine import RoleEngine
+from vllm_suite.encoded import item_content
+from vllm_suite.handoff import Handoff
 from vllm_suite.identity import identity
 from vllm_suite.roles.gate import STAGE_HEADER
 from vllm_suite.roles.limits import parse
@@ -43,6 +45,8 @@ class Core:
         self.vllm_config = SimpleNamespace(
             cache_config=SimpleNamespace(block_size=16),
             parallel_config=SimpleNamespace(data_parallel_size=1, _api_process_count=1),
+            ec_transfer_config=None,
+            model_config=SimpleNamespace(is_multimodal_model=True),
         )
         self.output_processor = SimpleNamespace(get_num_unfinished_requests=lambda: 0)
 
@@ -52,7 +56,9 @@ class Core:
 
 
 class Served:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, keys: list[str] | None, limits: str) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, keys: list[str] | None, limits: str, encodes: bool = False
+    ) -> None:
         self.core = Core()
         self.references = True
         self.control = Control()
@@ -62,6 +68,9 @@ class Served:
         monkeypatch.setenv("VLLM_SUITE_ROLE_LIMITS", limits)
         monkeypatch.setattr("vllm_suite.compat.role_engine.call_engines", self.core.ask)
         self.app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
+        self.item: dict[str, Any] = {}
+        self.app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        self.core.vllm_config.ec_transfer_config = SimpleNamespace(ec_role="ec_both") if encodes else None
         self.control._roles.start(self.core, self.app.state.args, "tiny")
         transport = httpx.ASGITransport(app=self.app)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://x")
@@ -72,6 +81,18 @@ class Served:
         if (body.get("kv_transfer_params") or {}).get("do_remote_decode") and self.references:
             answer["kv_transfer_params"] = {"do_remote_prefill": True, "remote_block_ids": [[1, 2, 3]]}
         return JSONResponse(answer)
+
+    async def chat(self, request: Request) -> JSONResponse:
+        """An encoder; `item` is what is wrong with its reference."""
+        body = await request.json()
+        assert body["ec_transfer_params"] == {"suite_encode_only": True}
+        [part] = body["messages"][0]["content"]
+        assert part["image_url"]["url"].startswith("data:image/png;base64,")
+        name, me = part["uuid"], identity()
+        fields = {"version": 1, "request_id": "r", "model": "m", "layout": "l", "location": "w", "lease_s": 1.0}
+        fields |= {"claim_host": "127.0.0.1", "claim_port": 9, "tokens": 16, "content": item_content(name)}
+        ref = Handoff(**{**fields, "producer": me.instance_id, "epoch": me.epoch, **self.item})
+        return JSONResponse({"choices": [], "ec_transfer_params": {name: {"suite": ref.signed(b"fleet").to_json()}}})
 
     async def get(self) -> dict[str, Any]:
         return (await self.client.get("/suite/v1/role", headers=KEY)).json()  # type: ignore[no-any-return]
@@ -95,8 +116,8 @@ async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
     monkeypatch.setenv("VLLM_SUITE_PLUGINS", "disagg")
     made: list[Served] = []
 
-    def start(keys: list[str] | None = ["k"], limits: str = "{}") -> Served:  # noqa: B006
-        made.append(Served(monkeypatch, keys, limits))
+    def start(keys: list[str] | None = ["k"], limits: str = "{}", encodes: bool = False) -> Served:  # noqa: B006
+        made.append(Served(monkeypatch, keys, limits, encodes))
         return made[-1]
 
     yield start
@@ -126,6 +147,50 @@ async def test_a_switch_from_end_to_end(make: Any) -> None:
     assert now["last"]["outcome"] == "switched"
     assert (await served.set("decode", role_epoch=2)).status_code == 202
     await served.settled()
+
+
+async def test_to_encode_and_back(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SUITE_FLEET_KEY", "fleet")
+    served = make(limits='{"encode": {"max_num_seqs": 4}}', encodes=True)
+    assert (await served.get())["can"] == ["encode", "prefill", "decode", "any"]
+    await served.set("encode")
+    now = await served.settled()
+    assert (now["role"], now["last"]["outcome"]) == ("encode", "switched")
+    assert now["last"]["changed"] == {"max_num_seqs": [64, 4]}
+    assert now["last"]["verified"] == ["served encode", "refused prefill", "refused decode"]
+    await served.set("any", role_epoch=1)
+    now = await served.settled()
+    assert now["last"]["verified"] == ["served encode", "served prefill", "served decode"]
+    assert now["last"]["accepts"] == {"prefill": [False, True], "decode": [False, True]}
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ({"producer": "somebody"}, "it is of somebody"),
+        ({"epoch": "0"}, "epoch 0"),
+        ({"content": "c"}, "it is of other content"),
+        ({"tokens": 0}, "with 0 rows"),
+        ({"claim_port": 0}, "its reference is malformed"),
+    ],
+)
+async def test_an_encode_probe_is_looked_at(
+    make: Any, monkeypatch: pytest.MonkeyPatch, item: dict[str, Any], text: str
+) -> None:
+    monkeypatch.setenv("VLLM_SUITE_FLEET_KEY", "fleet")
+    served = make(encodes=True)
+    served.item = item
+    await served.set("encode")
+    now = await served.settled()
+    assert (now["role"], now["phase"], now["last"]["outcome"]) == ("any", "serving", "back")
+    assert text in now["last"]["reason"]
+
+
+async def test_an_encode_probe_has_to_be_signed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SUITE_FLEET_KEY", "another")
+    served = make(encodes=True)
+    await served.set("encode")
+    assert "its signature is wrong" in (await served.settled())["last"]["reason"]
 
 
 async def test_what_is_refused(make: Any) -> None:

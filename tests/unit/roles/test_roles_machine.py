@@ -1,0 +1,304 @@
+"""Two controllers with a Lease, instances and every fault between them, as hypothesis finds them.
+
+The deciders, the Lease, the rules and the state machine of instances are the real ones. Engines, network and API server
+are scripted: a look and a request each take a while, in which anything else may happen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from vllm_suite.identity import Role
+from vllm_suite.kube.client import KubeError
+from vllm_suite.planner.simulator.switching import epd_rule
+from vllm_suite.roles.client import TIMEOUT_S
+from vllm_suite.roles.config import RolesSpec
+from vllm_suite.roles.controller import SURE_S
+from vllm_suite.roles.decider import Decider, Move
+from vllm_suite.roles.lease import Lease
+from vllm_suite.roles.seen import Seen
+from vllm_suite.roles.state import Deadlines, Refused, RoleState, advance, begin, died, fail, tick
+
+LIMITS = Deadlines(closing=5, drained=2, switching=3, verified=2, restoring=2)
+LONGEST = 5 + 2 + 3 + 2 + 2
+BETWEEN = ("closing", "drained", "switching", "verified", "restoring")
+STEP_S = 5.0
+FLOOR = {"prefill": 2, "decode": 3}
+SPEC = RolesSpec.model_validate({"agree": 1, "hold": 3, "floor": FLOOR, "start": {"prefill": 2, "decode": 2}})
+CAN = ("prefill", "decode", "any")
+
+
+class Api:
+    """A Lease at an API server that may be cut off, for everybody or for one."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, Any] | None = None
+        self.cut_off: set[str] = set()
+
+    def of(self, who: str) -> Any:
+        return _Kube(self, who)
+
+
+@dataclass
+class _Kube:
+    api: Api
+    who: str
+
+    def _open(self) -> None:
+        if self.who in self.api.cut_off:
+            raise KubeError(0, "no answer")
+
+    async def get(self, resource: Any, name: str) -> dict[str, Any]:
+        self._open()
+        if self.api.stored is None:
+            raise KubeError(404, "none")
+        return copy.deepcopy(self.api.stored)
+
+    async def create(self, resource: Any, body: dict[str, Any]) -> dict[str, Any]:
+        self._open()
+        if self.api.stored is not None:
+            raise KubeError(409, "there")
+        self.api.stored = {**body, "metadata": {"resourceVersion": 1}}
+        return self.api.stored
+
+    async def replace(self, resource: Any, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        self._open()
+        assert self.api.stored is not None
+        version = self.api.stored["metadata"]["resourceVersion"]
+        if body["metadata"]["resourceVersion"] != version:
+            raise KubeError(409, "old")
+        self.api.stored = {**body, "metadata": {"resourceVersion": version + 1}}
+        return self.api.stored
+
+
+def now_of(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine that waits for nothing returns."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it waits")
+
+
+@dataclass
+class Instance:
+    state: RoleState = field(default_factory=lambda: RoleState("any"))
+    life: int = 0
+    serving_at: float = 0.0
+
+
+@dataclass
+class Controller:
+    """`look` and `request` are under way or just back, with the time when they began."""
+
+    decider: Decider
+    lease: Lease
+    name: str
+    leads: bool = False
+    look: tuple[float, int, list[Seen]] | None = None
+    request: tuple[float, int, Move] | None = None
+
+
+class Fleet(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.losses = 0
+        self.api = Api()
+        roles: tuple[Role, ...] = ("prefill", "prefill", "prefill", "decode", "decode", "decode")
+        self.instances = [Instance(RoleState(role)) for role in roles]
+        self.queues = {"prefill": 0, "decode": 0, "any": 0}
+        self.lives = 0
+        self.controllers = [self._controller(), self._controller()]
+        self.switches = 0
+
+    def _controller(self) -> Controller:
+        self.lives += 1
+        name = f"c{self.lives}"
+        return Controller(Decider(SPEC, epd_rule), Lease(self.api.of(name), "llm", name, 6, lambda: self.now), name)
+
+    def _ready(self, role: str, without: int = -1) -> int:
+        return sum(
+            one.state.role == role and one.state.phase == "serving"
+            for i, one in enumerate(self.instances)
+            if i != without
+        )
+
+    @rule(seconds=st.sampled_from((1.0, 2.0, STEP_S)))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for one in self.instances:
+            before = one.state
+            one.state = tick(one.state, self.now, LIMITS)
+            self.losses += before.phase != one.state.phase == "out"
+        for controller in self.controllers:
+            # A client gives up.
+            if controller.look is not None and self.now - controller.look[0] > 2 * TIMEOUT_S:
+                controller.look = None
+            if controller.request is not None and self.now - controller.request[0] > TIMEOUT_S:
+                controller.decider.begun(controller.request[2], self.now)
+                controller.request = None
+
+    @rule(prefill=st.sampled_from((0, 20)), decode=st.sampled_from((0, 20)))
+    def load(self, prefill: int, decode: int) -> None:
+        self.queues.update(prefill=prefill, decode=decode)
+
+    @rule(i=st.integers(0, 5))
+    def a_phase_is_done(self, i: int) -> None:
+        one = self.instances[i]
+        before = one.state
+        one.state = advance(before, before.attempt, before.phase, self.now, LIMITS)
+        assert one.state.role == before.role or before.phase == "verified"
+        self.switches += one.state.epoch - before.epoch
+
+    @rule(i=st.integers(0, 5), late=st.booleans())
+    def a_phase_fails(self, i: int, late: bool) -> None:
+        one = self.instances[i]
+        before = one.state
+        one.state = fail(before, before.attempt - late, "fault", self.now, LIMITS)
+        self.losses += before.phase != one.state.phase == "out"
+
+    @rule(i=st.integers(0, 5))
+    def an_engine_dies(self, i: int) -> None:
+        self.losses += self.instances[i].state.phase != "out"
+        self.instances[i].state = died(self.instances[i].state)
+
+    @rule(i=st.integers(0, 5))
+    def an_instance_is_restarted(self, i: int) -> None:
+        one = self.instances[i]
+        self.losses += 1
+        one.state, one.life = RoleState("any"), one.life + 1
+
+    @rule(c=st.integers(0, 1))
+    def it_looks(self, c: int) -> None:
+        one = self.controllers[c]
+        if one.request is not None:
+            return
+        leads = now_of(one.lease.hold()) == "leader" and one.lease.left() >= SURE_S
+        if leads and not one.leads:
+            one.decider.took_over(self.now)
+        one.leads, one.look = leads, None
+        if leads:
+            one.look = (self.now, self.losses, [self._seen(i) for i in range(6)])
+
+    def _seen(self, i: int) -> Seen:
+        one = self.instances[i]
+        ready = one.state.phase == "serving"
+        return Seen(str(i), "", str(one.life), one.state.role, one.state.epoch, one.state.phase, ready, CAN,
+                    self.queues[one.state.role], 0)  # fmt: skip
+
+    @rule(c=st.integers(0, 1))
+    def it_decides(self, c: int) -> None:
+        one = self.controllers[c]
+        if one.look is None or one.request is not None:
+            return
+        (_, losses, fleet), one.look = one.look, None
+        move = one.decider.decide(fleet, self.now)
+        if move is not None and one.lease.left() >= SURE_S:
+            one.request = (self.now, losses, move)
+
+    @rule(c=st.integers(0, 1), lost=st.booleans())
+    def its_request_arrives(self, c: int, lost: bool) -> None:
+        one = self.controllers[c]
+        if one.request is None:
+            return
+        _, losses, move = one.request
+        index = int(move.instance.instance_id)
+        instance = self.instances[index]
+        if move.instance.epoch == str(instance.life):
+            try:
+                instance.state = begin(instance.state, move.target, move.instance.role_epoch, self.now, LIMITS)
+            except Refused:
+                pass
+            else:
+                # What went down since the look could not be known.
+                spare = self.losses - losses
+                source = move.instance.role
+                if source != "any":
+                    assert self._ready(source, index) + spare >= FLOOR[source]
+                if move.target != "decode":
+                    assert self._ready("decode", index) + self._ready("any", index) + spare >= 1
+        if not lost:
+            one.decider.begun(move, self.now)
+            one.request = None
+
+    @rule(c=st.integers(0, 1))
+    def a_round_without_a_fault(self, c: int) -> None:
+        self.it_looks(c)
+        self.it_decides(c)
+        self.its_request_arrives(c, False)
+
+    @rule(phases=st.integers(1, 4))
+    def a_switch_goes_on(self, phases: int) -> None:
+        for i in range(6):
+            for _ in range(phases):
+                self.a_phase_is_done(i)
+
+    @rule()
+    def nothing_happens_for_long(self) -> None:
+        for _ in range(6):
+            self.time_passes(STEP_S)
+
+    @rule(c=st.integers(0, 1))
+    def a_controller_dies(self, c: int) -> None:
+        roles = [(one.state.role, one.state.phase) for one in self.instances]
+        # What it sent may still arrive, or not: the case where it does is a request of the other one's lifetime.
+        self.controllers[c] = self._controller()
+        assert [(one.state.role, one.state.phase) for one in self.instances] == roles
+
+    @rule(c=st.integers(0, 1))
+    def a_controller_ends(self, c: int) -> None:
+        now_of(self.controllers[c].lease.release())
+        self.controllers[c] = self._controller()
+
+    @rule(c=st.integers(0, 1))
+    def the_api_is_cut_off(self, c: int) -> None:
+        self.api.cut_off.add(self.controllers[c].name)
+
+    @precondition(lambda self: self.api.cut_off)
+    @rule()
+    def the_api_is_back(self) -> None:
+        self.api.cut_off.clear()
+
+    @invariant()
+    def one_switch_at_a_time(self) -> None:
+        assert sum(one.state.phase in BETWEEN for one in self.instances) <= 1
+
+    @invariant()
+    def one_leads(self) -> None:
+        assert sum(controller.lease.left() > 0 for controller in self.controllers) <= 1
+
+    @invariant()
+    def nobody_stays_in_between(self) -> None:
+        for one in self.instances:
+            if one.state.phase not in BETWEEN:
+                one.serving_at = self.now
+            assert self.now - one.serving_at <= LONGEST + 5 * STEP_S
+
+    def teardown(self) -> None:
+        """Everything heals and a load comes: the fleet follows it, without anybody's help."""
+        self.api.cut_off.clear()
+        for i in range(6):
+            self.an_instance_is_restarted(i)
+        self.queues.update(prefill=0, decode=20)
+        for _ in range(400):
+            self.time_passes(0.5)
+            for c in (0, 1):
+                self.it_looks(c)
+                self.it_decides(c)
+                self.its_request_arrives(c, False)
+            for i in range(6):
+                self.a_phase_is_done(i)
+            self.one_switch_at_a_time()
+        assert (self._ready("prefill"), self._ready("decode")) == (2, 4)
+
+
+Fleet.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestFleet = Fleet.TestCase
