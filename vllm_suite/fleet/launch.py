@@ -18,17 +18,19 @@ import yaml
 from vllm_suite.catalog import ENV_PLUGINS
 from vllm_suite.fleet.devices import DeviceError, assign, visible_gpus
 from vllm_suite.fleet.engine import EngineSpec
+from vllm_suite.fleet.files import dump_fleet
 from vllm_suite.fleet.keys import ENV_CLIENT_KEY, ENV_CONTROL_KEY, ENV_UPSTREAM_KEY, ENV_VLLM_KEY, FleetKeys
-from vllm_suite.fleet.spec import FleetSpec, Placed, PoolRole
+from vllm_suite.fleet.spec import FleetSpec, Placed, PoolRole, PoolSpec
 from vllm_suite.handoff import FLEET_KEY_ENV
 from vllm_suite.identity import ENV_INSTANCE_ID, ENV_ROLE
 from vllm_suite.roles.limits import ENV_LIMITS, RoleLimits
-from vllm_suite.router.config import Membership, StaticTarget
+from vllm_suite.router.config import Auth, Membership, StaticTarget
 
 _MEDIA_WORDS = ("vision", "visual", "audio", "image", "img", "video", "mm_")
 
-Ready = Literal["state", "health", "router"]
-"""How readiness is asked: /suite/v1/state, /health of a plain vLLM, /suite/v1/instances of the router."""
+Ready = Literal["state", "health", "router", "metrics"]
+"""How readiness is asked: /suite/v1/state, /health of a plain vLLM, /suite/v1/instances of the router, /metrics of the
+controller."""
 
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 # One directory shared by instances would mix their metrics; the rest would override what the flags say.
@@ -50,7 +52,7 @@ class Launch:
     """
 
     name: str
-    role: PoolRole | Literal["router"]
+    role: PoolRole | Literal["router", "controller"]
     argv: tuple[str, ...]
     url: str
     log: Path
@@ -222,6 +224,34 @@ def plan_router(spec: FleetSpec, instances: list[Launch]) -> Launch:
     )
 
 
+def plan_controller(spec: FleetSpec, router: Launch) -> Launch:
+    """The controller's command; `controller_fleet` must have been written to its file before it is started."""
+    path, port = spec.local.log_dir / "controller.yaml", spec.local.controller_port
+    argv = (sys.executable, "-m", "vllm_suite.cli.main", "roles", "control", str(path), "--url", router.url)
+    return Launch(
+        name=f"{spec.name}-controller",
+        role="controller",
+        argv=(*argv, "--metrics-port", str(port)),
+        url=f"http://127.0.0.1:{port}",
+        log=spec.local.log_dir / f"{spec.name}-controller.log",
+        ready="metrics",
+        env={"PYTHONUNBUFFERED": "1", **_router_keys(FleetKeys.resolve(spec.router.auth))},
+        unset=(),
+        ports=(port,),
+    )
+
+
+def controller_fleet(spec: FleetSpec) -> str:
+    """The fleet as the controller reads it: without variables of instances and without keys, which its own environment
+    has.
+    """
+    pools: dict[str, PoolSpec] = {role: pool.model_copy(update={"env": {}}) for role, pool in spec.pools.items()}
+    open_ = spec.router.model_copy(update={"auth": Auth()})
+    return dump_fleet(
+        spec.model_copy(update={"env": {}, "router": open_, "pools": spec.pools.model_copy(update=pools)})
+    )
+
+
 def _fleet_key(spec: FleetSpec) -> dict[str, str]:
     """Of the instances' environment the one entry that the router has to share: without it none answers its questions,
     and what it signs is refused.
@@ -238,7 +268,11 @@ def _router_keys(keys: FleetKeys) -> dict[str, str]:
 
 def router_config(spec: FleetSpec, instances: list[Launch]) -> str:
     """The router's settings as YAML, the instances as its members and no keys in it."""
-    targets = [StaticTarget(url=launch.url, role=launch.role) for launch in instances if launch.role != "router"]
+    targets = [
+        StaticTarget(url=launch.url, role=launch.role)
+        for launch in instances
+        if launch.role != "router" and launch.role != "controller"
+    ]
     given = spec.router.membership
     state: Literal["suite", "stock"] = "suite" if spec.plugins else "stock"
     members = Membership.model_validate({**given.model_dump(), "static": (*given.static, *targets), "state": state})

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 State = Literal["waiting", "starting", "ready", "restarting", "stopping", "stopped", "failed"]
 
-_READY_PATH = {"state": "/suite/v1/state", "health": "/health", "router": "/suite/v1/instances"}
+_READY_PATH = {
+    "state": "/suite/v1/state",
+    "health": "/health",
+    "router": "/suite/v1/instances",
+    "metrics": "/metrics",
+}
 _POLL_S = 0.25
 _REQUEST_S = 5.0
 _UNREADY_STOP_S = 3.0
@@ -156,7 +161,7 @@ def ready_members(answer: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 async def ask(session: aiohttp.ClientSession, launch: Launch) -> dict[str, Any] | None:
-    """What the process says of itself ({} for a plain vLLM); None where it gives no good answer."""
+    """What the process says of itself ({} for a plain vLLM and the controller); None where it gives no good answer."""
     import aiohttp
 
     headers = {"Authorization": f"Bearer {launch.control_key}"} if launch.control_key else {}
@@ -166,7 +171,7 @@ async def ask(session: aiohttp.ClientSession, launch: Launch) -> dict[str, Any] 
         async with session.get(url, headers=headers, timeout=timeout) as response:
             if response.status != 200:
                 return None
-            body = await response.json() if launch.ready != "health" else {}
+            body = await response.json() if launch.ready not in ("health", "metrics") else {}
             return body if isinstance(body, dict) else None
     except (aiohttp.ClientError, TimeoutError, ValueError):
         return None

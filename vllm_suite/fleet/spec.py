@@ -81,6 +81,7 @@ class LocalSpec(Settings):
     first_side_channel_port: Port = Field(
         default=15600, description="NIXL side-channel port of the first instance; the others follow"
     )
+    controller_port: Port = Field(default=9300, description="metrics of the controller; with `roles.control` alone")
     first_item_port: Port = Field(
         default=16600, description="port for encoder outputs of the first instance that encodes; the others follow"
     )
@@ -171,6 +172,8 @@ class FleetSpec(Settings):
             raise ValueError(f"roles.start: {wanted} of the {able} instances in pools.any")
         if start.encode and "epd" not in self.plugins:
             raise ValueError(f"roles.start.encode: encoding needs plugin epd; plugins is {list(self.plugins)}")
+        if self.roles.control and not able:
+            raise ValueError("roles.control: pools.any has no instance whose role could change")
         if counts.get("encode"):
             self._encoders_have_consumers()
         return self
@@ -216,6 +219,8 @@ class FleetSpec(Settings):
         """Every port the fleet listens on here, with what listens there (0, any free one, is left out)."""
         if self.router.port:
             yield self.router.port, "the router"
+        if self.roles.control:
+            yield self.local.controller_port, "the metrics of the controller"
         for one in self.instances():
             yield one.api, f"the API of {one.name}"
             for rank in range(self.width(one.pool)):

@@ -59,7 +59,7 @@ async def snapshot(session: aiohttp.ClientSession, source: Source) -> dict[str, 
     listed = await _instances(session, source)
     scrapes = await asyncio.gather(*(scrape(session, row["url"], source.api_key) for row in listed))
     processes = local_processes(source.log_dir) if source.log_dir else []
-    local = {row["url"]: row for row in processes if row["role"] != "router"}
+    local = {row["url"]: row for row in processes if row["role"] not in ("router", "controller")}
     rows: list[dict[str, Any]] = []
     for row, samples in zip(listed, scrapes, strict=True):
         known = local.pop(row["url"], {})
@@ -74,6 +74,7 @@ async def snapshot(session: aiohttp.ClientSession, source: Source) -> dict[str, 
         "router": source.router,
         "time": time.time(),
         "ok": bool(rows) and all(row["ready"] for row in rows),
+        "controller": await _controller(session, processes),
         "instances": rows,
     }
 
@@ -96,6 +97,19 @@ def transfers(samples: Samples) -> dict[str, Any]:
         "ec_pool_items": samples.total("vllm_suite_ec_pool_items"),
         "ec_pool_bytes": samples.total("vllm_suite_ec_pool_bytes"),
     }
+
+
+async def _controller(session: aiohttp.ClientSession, processes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The controller of role switching that `up` runs; None where it runs none. `looks` and `moves` by outcome."""
+    found = next((row for row in processes if row["role"] == "controller"), None)
+    if found is None:
+        return None
+    samples = await scrape(session, found["url"])
+    counts = {
+        short: samples.by(f"vllm_suite_roles_{short}_total", "outcome") if samples else {}
+        for short in ("looks", "moves")
+    }
+    return {key: found[key] for key in ("name", "state", "restarts", "url")} | {"answers": samples is not None} | counts
 
 
 async def _instances(session: aiohttp.ClientSession, source: Source) -> list[dict[str, Any]]:
@@ -151,6 +165,11 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
                 *(_items(metrics) if encodes else ()),
             ]
         result.add_row(row["instance_id"], row["role"], _state(row), *_load(row), *cells)
+    controller = now.get("controller")
+    if controller is not None:
+        asked = ", ".join(f"{count:.0f} {outcome}" for outcome, count in controller["moves"].items()) or "none"
+        result.caption = f"{controller['name']}: {controller['state']}, switches asked for: {asked}"
+        result.caption_justify = "left"
     return result
 
 

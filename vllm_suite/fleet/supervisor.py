@@ -12,7 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from vllm_suite.fleet.launch import Launch, plan_instances, plan_router, router_config
+from vllm_suite.fleet.launch import (
+    Launch,
+    controller_fleet,
+    plan_controller,
+    plan_instances,
+    plan_router,
+    router_config,
+)
 from vllm_suite.fleet.process import Ended, FleetProcess, PortTaken, ask, check_ports, ready_members
 from vllm_suite.fleet.spec import FleetSpec, LocalSpec
 
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
 
 STATE_FILE = "fleet.json"
 _KNOWN_S = 30.0
+_LIGHT = ("router", "controller")
 OnChange = Callable[[FleetProcess, str], None]
 """Called with a process whose state changed and a few words on why."""
 
@@ -48,7 +56,7 @@ class Supervisor:
         self.processes = [FleetProcess(launch, local.stop_timeout / 1000) for launch in launches]
         self.broken = asyncio.Event()
         self._on_change = on_change
-        self._members = sum(launch.role != "router" for launch in launches) if members is None else members
+        self._members = sum(launch.role not in _LIGHT for launch in launches) if members is None else members
         # Importing vLLM keeps one core busy, so more starts at once than cores only slow each other down.
         self._slots = asyncio.Semaphore(local.parallel_starts or len(os.sched_getaffinity(0)))
         self._tasks: list[asyncio.Task[None]] = []
@@ -100,14 +108,14 @@ class Supervisor:
                 ) from error
 
     async def stop(self) -> None:
-        """Stop the routers, then the instances; nothing they started is left. Safe to call twice."""
+        """Stop controller and routers, then the instances; nothing they started is left. Safe to call twice."""
         self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        for routers in (True, False):
-            group = [p for p in self.processes if (p.launch.role == "router") == routers]
+        for light in (True, False):
+            group = [p for p in self.processes if (p.launch.role in _LIGHT) == light]
             await asyncio.gather(*(self._stop_one(process) for process in group))
 
     def kill(self) -> None:
@@ -162,8 +170,8 @@ class Supervisor:
     async def _start_once(self, process: FleetProcess) -> str | None:
         """Returns None when the process is ready, else what went wrong; it does not run then."""
         assert self._session is not None
-        # The router is light; it must not wait for a slot behind the instances it waits for.
-        slot = contextlib.nullcontext() if process.launch.role == "router" else self._slots
+        # They are light, and the router must not wait for a slot behind the instances it waits for.
+        slot = contextlib.nullcontext() if process.launch.role in _LIGHT else self._slots
         timeout_s = self.local.start_timeout / 1000
         async with slot:
             try:
@@ -224,12 +232,19 @@ def write_atomically(path: Path, text: str) -> None:
 def plan(spec: FleetSpec) -> list[Launch]:
     """Every process of the fleet, the router last. Raises DeviceError, ModelError, FileNotFoundError, KeyFileError."""
     instances = plan_instances(spec)
-    return [*instances, plan_router(spec, instances)]
+    router = plan_router(spec, instances)
+    return [*instances, *([plan_controller(spec, router)] if spec.roles.control else []), router]
 
 
 def supervise(spec: FleetSpec, on_change: OnChange | None = None) -> Supervisor:
-    """A supervisor for the whole fleet; writes the router's configuration. Errors as `plan`."""
+    """A supervisor for the whole fleet; writes the configuration of router and controller. Errors as `plan`, and
+    PredictError where the controller could not decide."""
     launches = plan(spec)
     spec.local.log_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(spec.local.log_dir / "router.yaml", router_config(spec, launches[:-1]))
+    if spec.roles.control:
+        from vllm_suite.roles.follow import rule_of
+
+        rule_of(spec)
+        write_atomically(spec.local.log_dir / "controller.yaml", controller_fleet(spec))
     return Supervisor(launches, spec.local, on_change)

@@ -20,6 +20,7 @@ from vllm_suite.fleet.process import PortTaken
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.supervisor import StartFailed, plan, supervise, write_atomically
 from vllm_suite.provenance import provenance
+from vllm_suite.roles.predict import PredictError
 from vllm_suite.router.auth import KeyFileError
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,7 +30,7 @@ class FolderInUse(RuntimeError):
     """Another fleet keeps its logs and state in the same folder."""
 
 
-PlanErrors = (DeviceError, ModelError, FileNotFoundError, KeyFileError)
+PlanErrors = (DeviceError, ModelError, FileNotFoundError, KeyFileError, PredictError)
 StartErrors = (StartFailed, PortTaken, FolderInUse)
 
 

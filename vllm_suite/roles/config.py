@@ -53,6 +53,7 @@ class PredictSpec(Settings):
 class RolesSpec(Settings):
     """Role switching of the instances in `pools.any`. Nothing switches unless `vllm-suite roles control` runs."""
 
+    control: bool = Field(default=False, description="`vllm-suite up` runs the controller beside the fleet")
     start: Counts = Field(default=Counts(), description="roles given to instances that have none yet")
     floor: Floor = Field(default=Floor(), description="ready instances that a role keeps")
     limits: RoleLimits = Field(default=RoleLimits(), description="vLLM's limits of each role, below those of `engine`")
