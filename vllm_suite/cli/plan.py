@@ -8,6 +8,9 @@ from pathlib import Path
 
 HELP = "find the fleet that serves a workload within its targets, by simulation"
 
+_USAGE = """vllm-suite plan --model M --gpus NxDEVICE (--trace FILE | --isl TOKENS --osl TOKENS) --ttft TIME
+                       [--tpot TIME] [--rate R] [-o FLEET.yaml] [more options, see --help]"""
+
 _EPILOG = """lengths and arrivals come from --trace, or from --isl and --osl; durations are written as in fleet
 files, 300ms or 1.5s. Exit status: 0 for a plan that meets the targets, 1 where there is none, 2 for bad input.
 See docs/planner/plan.md."""
@@ -15,7 +18,7 @@ See docs/planner/plan.md."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.epilog = _EPILOG
+    parser.usage, parser.epilog = _USAGE, _EPILOG
     group = parser.add_argument_group("what is served, on what")
     group.add_argument(
         "--model", required=True, metavar="M", help="a known name, a checkpoint folder or its config.json"
@@ -24,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hardware", type=Path, metavar="FILE", help="YAML of devices of your own")
     group = parser.add_argument_group("the workload")
     group.add_argument("--trace", type=Path, metavar="FILE", help="recorded requests")
-    group.add_argument("--format", default="auto", help="of the trace, where it cannot be told (default: %(default)s)")
+    group.add_argument("--format", help="of the trace, where it cannot be told")
     group.add_argument("--isl", type=float, metavar="TOKENS", help="mean length of prompts, without a trace")
     group.add_argument("--osl", type=float, metavar="TOKENS", help="mean length of outputs, without a trace")
-    group.add_argument("--cv", type=float, default=0.0, help="spread of both lengths: deviation over mean")
-    group.add_argument("--arrival-cv", type=float, default=1.0, help="of the intervals; 1 is a Poisson process")
+    group.add_argument("--cv", type=float, help="spread of both lengths: deviation over mean (default: 0)")
+    group.add_argument("--arrival-cv", type=float, help="of the intervals (default: 1, a Poisson process)")
     group.add_argument("--rate", type=float, metavar="R", help="requests per second that the plan has to hold")
     group.add_argument("--images", type=int, default=0, metavar="N", help="pictures in every request, without a trace")
-    group.add_argument("--image-size", default="1024x1024", metavar="WxH", help="in pixels (default: %(default)s)")
+    group.add_argument("--image-size", metavar="WxH", help="in pixels (default: 1024x1024)")
     group = parser.add_argument_group("the targets")
     group.add_argument("--ttft", metavar="TIME", help="time to first token")
     group.add_argument("--tpot", metavar="TIME", help="time per output token after the first, mean of a request")
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("the search")
     group.add_argument(
-        "--space", nargs="+", default=[], metavar="NAME=VALUES",
+        "--space", nargs="+", action="extend", default=[], metavar="NAME=VALUES",
         help="narrow or widen what is tried: tp=1,2 pp=1 dp=1,8 ep=yes,no kinds=colocated,pd,ea,epd seqs=64,256"
         " tokens=2048 quant=own,fp8,fp8+kv encode_tp=1 wide_tp=yes idle=yes schemes=apex",
     )  # fmt: skip
@@ -68,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, metavar="FLEET.yaml", help="the plan as a file for `vllm-suite up`")
     group.add_argument("--json", type=Path, metavar="FILE", help="everything in the report and more")
-    group.add_argument("--html", type=Path, metavar="FILE", help="the report with pictures; needs matplotlib")
-    group.add_argument("--timeline", type=Path, metavar="FILE", help="with --html: the best plan's run as Chrome trace")
+    group.add_argument("--html", type=Path, metavar="FILE", help="the report with pictures; needs extra `pictures`")
+    group.add_argument("--timeline", type=Path, metavar="FILE", help="the best plan's run as Chrome trace")
     group = parser.add_argument_group("watching a fleet; the plan of the other arguments is taken to be running")
     source = group.add_mutually_exclusive_group()
     source.add_argument("--watch", metavar="URL", help="of a Prometheus server that scrapes the fleet's engines")

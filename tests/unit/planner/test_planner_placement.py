@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import pytest
 
 from vllm_suite.cli.plan import add_arguments
-from vllm_suite.planner.plan import PlanError
+from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.report.command import listing, space_of
 from vllm_suite.planner.report.question import question
 from vllm_suite.planner.search import placement
+from vllm_suite.planner.search.assess import MOST_RATE, Task, assess
+from vllm_suite.planner.search.horizon import Horizon
+from vllm_suite.planner.search.trial import Trial
 
 
 def listed(monkeypatch, algorithm: str, *words: str, slo=("--ttft", "500ms", "--tpot", "30ms")):
@@ -36,8 +40,9 @@ def test_high_counts_each_kind_for_the_rate_alone(monkeypatch):
     (chosen, *others), asked = listed(monkeypatch, "high", "--rate", "20")
     # 10 and 4 requests/s of an engine of one accelerator, which do most per accelerator.
     assert chosen.plan.name == "2 prefill | 5 decode"
-    # Prefill is judged by TTFT with a decode that takes no time, decode by TPOT with such a prefill.
-    assert set(asked) == {(True, False, "decode"), (False, True, "prefill")}
+    # Prefill is judged by TTFT with a decode that takes no time, decode by both with
+    # such a prefill, since its queue is in the TTFT.
+    assert set(asked) == {(True, False, "decode"), (True, True, "prefill")}
     assert chosen.fixed
     assert len({rank for pool in chosen.plan.pools for rank in pool.ranks}) == 7
     assert others
@@ -70,3 +75,20 @@ def test_a_rate_that_needs_more_than_there_is_is_refused(monkeypatch, algorithm)
 def test_high_needs_both_targets(monkeypatch):
     with pytest.raises(PlanError, match="need both targets"):
         listed(monkeypatch, "high", slo=("--ttft", "500ms"))
+
+
+def test_a_simulation_is_finite_at_any_rate():
+    horizon = Horizon(200, 2.0)
+    assert (horizon.count(1.0), horizon.count(100.0), horizon.count(math.inf)) == (200, 1000, horizon.most)
+
+
+def test_a_plan_that_misses_nothing_is_not_asked_for_ever():
+    asked = []
+
+    def evaluate(plan, rate, until):
+        asked.append(rate)
+        return Trial(rate, 1.0, 0.9, 1.0, True)
+
+    found = assess(Task(Plan((PoolPlan("any", 1),))), evaluate)
+    assert max(asked) <= MOST_RATE
+    assert found.goodput == max(asked)

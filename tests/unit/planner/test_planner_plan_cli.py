@@ -15,6 +15,7 @@ from vllm_suite.fleet.files import load_fleet
 from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.models import Parallel, load, with_swiftkv
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Slo
+from vllm_suite.planner.report import arguments
 from vllm_suite.planner.report.fleet import fleet_of
 from vllm_suite.planner.report.question import question
 from vllm_suite.planner.simulator.setting import Setting
@@ -139,7 +140,10 @@ def test_cost_takes_no_more_accelerators_than_the_rate_needs(capsys, tmp_path):
         (["--ttft", "200"], "--ttft: not a duration with a unit (us, ms, s, m, h), for example 300ms: '200'"),
         (["--ttft", "0ms"], "--ttft: 0ms is not above 0"),
         ([], "give a target: --ttft, --tpot or both"),
-        (["--ttft", "1s", "--attainment", "90"], "--attainment is a share above 0 and below 1, not 90"),
+        (
+            ["--ttft", "1s", "--attainment", "90"],
+            "--attainment is a share above 0 and below 1, for example 0.9",
+        ),
         (["--ttft", "1s", "--rate", "-3"], "--rate is requests per second above 0, not -3"),
         (["--ttft", "1s", "--objective", "cost"], "--objective cost compares plans at one rate: give --rate"),
         (["--ttft", "1s", "--images", "2"], "--images: Qwen/Qwen3-0.6B has no encoder that is known"),
@@ -155,6 +159,43 @@ def test_cost_takes_no_more_accelerators_than_the_rate_needs(capsys, tmp_path):
         (["--ttft", "1s", "--requests", "5"], "--requests 5: fewer than 100"),
         (["--ttft", "1s", "--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--ttft", "1s", "--isl", "50000", "--max-model-len", "100"], "do not fit into 100"),
+        (["--tpot", "20ms"], "--tpot alone lets requests wait for their first token without end: give --ttft too"),
+        (["--ttft", "1s", "--isl", "0"], "--isl is mean tokens, at least 1, not 0"),
+        (["--ttft", "1s", "--osl", "nan"], "--osl is mean tokens, at least 1, not nan"),
+        (["--ttft", "1s", "--cv", "-1"], "--cv is a deviation over a mean, at least 0, not -1"),
+        (["--ttft", "1s", "--arrival-cv", "inf"], "--arrival-cv is a deviation over a mean, at least 0, not inf"),
+        (["--ttft", "1s", "--rate", "inf"], "--rate is requests per second above 0, not inf"),
+        (["--ttft", "1s", "--processes", "0"], "--processes is a whole number, at least 1, not 0"),
+        (["--ttft", "1s", "--seed", "-1"], "--seed is a whole number, at least 0, not -1"),
+        (["--ttft", "1s", "--max-model-len", "0"], "--max-model-len is a whole number, at least 2, not 0"),
+        (["--ttft", "1s", "--format", "apex"], "--format is of a trace: give --trace FILE, or leave it"),
+        (["--ttft", "1s", "--image-size", "9x9"], "--image-size is of pictures: say how many a request has"),
+        (
+            ["--ttft", "1s", "--model", "Qwen/Qwen2.5-VL-7B-Instruct", "--images", "1", "--image-size", "0x9"],
+            "--image-size is WIDTHxHEIGHT in pixels, for example 1024x1024, not 0x9",
+        ),
+        (["--ttft", "1s", "--gpus", "H200x8"], "hardware is written as 8xH200, not 'H200x8'"),
+        (["--ttft", "1s", "--gpus", "00xH200"], "hardware is written as 8xH200, not '00xH200'"),
+        (["--ttft", "1s", "--gpus", "8xH200-SXM"], "did you mean H200? Others"),
+        (["--ttft", "1s", "--gpus", "8xH200-SXM"], "Others: a file of your own, --hardware FILE"),
+        (["--ttft", "1s", "--model", "Qwen/Qwen3-8"], "did you mean Qwen/Qwen3-8B?"),
+        (["--ttft", "1s", "--model", "qwen/qwen3-80b"], "did you mean Qwen/Qwen3-8B or"),
+        (["--ttft", "1s", "--model", "/"], "/config.json: there is no such file; --model takes a checkpoint's folder"),
+        (["--ttft", "1s", "--space", "pp=2"], "space: pp is given twice; write all its values in one"),
+        (["--ttft", "1s", "--space", "kinds=epd"], "plans with encoders need requests with pictures: give --images N"),
+        (["--ttft", "1s", "--space", "schemes=apex"], "space: schemes=apex says how engines are cut; leave pp"),
+        (["--ttft", "1s", "--placement", "high"], "--placement: DistServe's algorithms need both targets"),
+        (
+            ["--ttft", "1s", "--tpot", "9ms", "--placement", "low", "--space", "kinds=colocated"],
+            "--placement chooses a plan with prefill and decode; --space kinds=colocated has none",
+        ),
+        (["--ttft", "1s", "--json", "."], "--json .: is a folder; name a file in it"),
+        (["--ttft", "1s", "--json", "new.x", "-o", "new.x"], "--json new.x: -o names the same file"),
+        (["--ttft", "1s", "--watch-looks", "3"], "--watch-looks goes with --watch URL or --watch-file FILE"),
+        (["--ttft", "1s", "--watch", "localhost:9090"], "such as http://localhost:9090, not localhost:9090"),
+        (["--ttft", "1s", "--watch", "http://a", "--images", "1"], "watch without --images"),
+        (["--ttft", "1s", "--watch-file", "/no/such.json"], "/no/such.json"),
+        (["--ttft", "1s", "--watch-file", "a", "--watch-selector", "b"], "--watch-selector is for --watch"),
     ],
 )
 def test_bad_input_says_what_and_what_to_do(words, says, capsys):
@@ -163,6 +204,49 @@ def test_bad_input_says_what_and_what_to_do(words, says, capsys):
     assert says in captured.err
     assert captured.err.startswith("vllm-suite plan: ")
     assert captured.out == ""
+
+
+def test_options_of_lengths_beside_a_trace_are_refused(tmp_path, capsys):
+    trace = tmp_path / "t.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00.0,100,10\n")
+    base = ["--model", "Qwen/Qwen3-0.6B", "--gpus", "1xH200", "--trace", str(trace), "--ttft", "1s"]
+    for words, says in (
+        (["--cv", "1"], "--trace has lengths and arrivals of its own: leave --cv"),
+        (["--arrival-cv", "1"], "leave --arrival-cv"),
+        (["--json", str(trace)], "would overwrite the file of --trace"),
+        (["--format", "azur"], "no format azur; known are auto, azure"),
+    ):
+        assert plan(*words, base=base) == 2
+        assert says in capsys.readouterr().err
+    assert trace.stat().st_size > 60
+
+
+def test_what_an_option_needs_is_asked_for_before_the_search(monkeypatch, capsys):
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    for words, says in (
+        (["--html", "r.html"], "--html needs matplotlib for its pictures: pip install 'vllm-suite[pictures]'"),
+        (["--method", "optuna"], "--method optuna needs Optuna: pip install 'vllm-suite[search]'"),
+    ):
+        assert plan("--ttft", "1s", *words) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_search_that_is_stopped_before_it_finds_anything_does_not_call_it_impossible(capsys):
+    assert plan("--ttft", "1s", "--tpot", "50ms", "--time-limit", "1us") == 1
+    said = capsys.readouterr().out
+    assert "before a plan was found that meets the targets; at no load they can be met. Give it more time" in said
+    assert "No plan meets" not in said
+
+
+def test_a_tuned_model_is_read_as_the_one_it_was_made_of():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [word if word != "Qwen/Qwen3-0.6B" else "meta-llama/Llama-3.1-8B-Instruct" for word in SMALL]
+    case = question(parser.parse_args([*words, "--ttft", "1s"]))
+    base, _ = load("meta-llama/Llama-3.1-8B")
+    assert case.name == "meta-llama/Llama-3.1-8B-Instruct"  # that is what the fleet serves
+    assert (case.model.layers, case.model.name) == (base.layers, base.name)
+    assert "taken to be cut as meta-llama/Llama-3.1-8B;" in case.model.assumed[0]
 
 
 def test_a_bad_line_of_a_trace_is_named(tmp_path, capsys):

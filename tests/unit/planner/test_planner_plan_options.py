@@ -254,7 +254,9 @@ def test_nine_of_apexs_schemes_are_plans_here():
 
 
 def test_a_model_that_apex_cannot_describe_is_refused():
-    case = question(parsed("--space", "schemes=apex", "--model", "deepseek-ai/DeepSeek-V3", "--gpus", "16xH200"))
+    args = parsed("--model", "deepseek-ai/DeepSeek-V3", "--gpus", "16xH200")
+    args.space = ["schemes=apex"]
+    case = question(args)
     with pytest.raises(PlanError, match=r"schemes=apex: .*APEX describes models of one kind of block"):
         listing(case, space_of(case), case.sample(), None, 1)
 

@@ -37,7 +37,10 @@ WORDS = (
 def asked(*more: str) -> tuple[argparse.Namespace, Case]:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    args = parser.parse_args([*WORDS.split(), *more])
+    words = WORDS.split()
+    if "--space" in more:  # in place of the other one
+        del words[words.index("--space") : words.index("--processes")]
+    args = parser.parse_args([*words, *more])
     return args, question(args)
 
 
@@ -48,9 +51,10 @@ def minute(start: float, rate: float, draw: np.random.Generator) -> Window:
 
 
 def test_a_watch_asks_the_search_for_the_traffic_of_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args, case = asked("--watch-file", str(tmp_path / "seen.json"))
+    args, case = asked()
+    args.watch_file = tmp_path / "seen.json"
     draw, seen, written = np.random.default_rng(1), list[Case](), list[tuple[Plan, float | None]]()
-    Recorded(Path(args.watch_file)).write([minute(60.0 * i, 8.0 if i < 45 else 60.0, draw) for i in range(80)])
+    Recorded(args.watch_file).write([minute(60.0 * i, 8.0 if i < 45 else 60.0, draw) for i in range(80)])
     small = Plan((PoolPlan("any", 1, max_num_seqs=4, max_num_batched_tokens=512),))
     large = Plan((PoolPlan("any", 2),))
 
@@ -84,7 +88,8 @@ def test_a_plans_goodput_is_of_the_traffic_of_now() -> None:
 
 
 def test_what_cannot_be_watched_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args, case = asked("--watch-file", str(tmp_path / "absent.json"))
+    args, case = asked()
+    args.watch_file = tmp_path / "absent.json"
     plan = Plan((PoolPlan("any", 1),))
 
     def none(now: Case) -> SearchResult:

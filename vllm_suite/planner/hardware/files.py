@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -37,13 +38,20 @@ def device(name: str, extra: Path | None = None) -> Device:
     close = [each for key, each in known.items() if key.startswith(name.lower())]
     if len(close) == 1:
         return close[0]
-    raise HardwareError(f"no hardware {name!r}; known: {', '.join(each.name for each in known.values())}")
+    names = {key: each.name for key, each in known.items()}
+    near = [key for key in names if name.lower().startswith(key)] or get_close_matches(name.lower(), names, 1)
+    hint = f"; did you mean {names[near[0]]}?" if near else "."
+    raise HardwareError(f"no hardware {name!r}; known: {', '.join(names.values())}{hint}"
+                        " Others: a file of your own, --hardware FILE")  # fmt: skip
 
 
 def cluster(text: str, extra: Path | None = None) -> Cluster:
     """From ``8xH200``, or ``H200`` for one. Raises HardwareError."""
     found = re.fullmatch(r"(?:(\d+)\s*x\s*)?([A-Za-z].*)", text.strip())
-    if found is None or found[1] == "0":
+    turned = re.fullmatch(r"(.+?)\s*[x*]\s*(\d+)", text.strip())
+    if found is not None and turned is not None and turned[1].lower() in devices(extra):
+        raise HardwareError(f"hardware is written as {turned[2]}x{turned[1]}, not {text!r}")
+    if found is None or int(found[1] or 1) == 0:
         raise HardwareError(f"hardware is written as 8xH200, not {text!r}")
     return Cluster(device=device(found[2], extra), gpus=int(found[1] or 1))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,8 @@ from vllm_suite.planner.models.shapes import Model, ModelError
 from vllm_suite.planner.models.swiftkv import with_swiftkv
 
 _TABLE = Path(__file__).with_name("known.yaml")
+# Trained further and shaped alike, as a rule: what is said of it says so.
+_TUNED = re.compile(r"-(instruct|chat|it)$", re.IGNORECASE)
 
 
 class Loaded(NamedTuple):
@@ -33,7 +38,8 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Loaded:
     """A model of the bundled table, or of a config.json or the folder of one.
 
-    A SwiftKV config (``num_key_value_layers``) gives the SwiftKV form.
+    A SwiftKV config (``num_key_value_layers``) gives the SwiftKV form. The tuned form of a model of the table
+    (``-Instruct``, ``-chat``, ``-it``) is read as that one, and `Model.assumed` says so.
 
     Raises:
         ModelError: no such model, or one that cannot be described. OSError where a file cannot be read.
@@ -41,6 +47,8 @@ def load(name: str) -> Loaded:
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
         path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ModelError(f"{path}: there is no such file; --model takes a checkpoint's folder, or its config.json")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -49,11 +57,19 @@ def load(name: str) -> Loaded:
             raise ModelError(f"{path}: an object is expected")
         named = str(config.get("_name_or_path") or path.resolve().parent.name)
         return described(config, named, _pixels(path.parent))
-    if name not in _table():
-        close = [known for known in _table() if name.lower() in known.lower()]
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ModelError(f"no model {name!r} in the bundled table, nor such a folder or config.json{hint}")
-    return described(known_config(name), name)
+    if name in _table():
+        return described(known_config(name), name)
+    base = _TUNED.sub("", name)
+    if base in _table():
+        model, stored = described(known_config(base), base)
+        said = f"{name} is not in the bundled table: taken to be cut as {base}; its folder or config.json says for sure"
+        return Loaded(replace(model, assumed=(said, *model.assumed)), stored)
+    known = {each.lower(): each for each in _table()}
+    close = [each for key, each in known.items() if name.lower() in key]
+    close = close or [known[key] for key in get_close_matches(name.lower(), known, 2)]
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    raise ModelError(f"no model {name!r} in the bundled table, nor such a folder or config.json{hint}"
+                     " Any other model: give the folder of its config.json")  # fmt: skip
 
 
 def described(config: Mapping[str, Any], name: str, pixels: tuple[int, int] | None = None) -> Loaded:

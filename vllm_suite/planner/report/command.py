@@ -14,10 +14,11 @@ from typing import Any
 
 from vllm_suite import __version__
 from vllm_suite.planner.plan import Plan, PlanError
+from vllm_suite.planner.report.arguments import InputError
 from vllm_suite.planner.report.fleet import fleet_of, fleet_text
 from vllm_suite.planner.report.predicted import of_plan, of_study
 from vllm_suite.planner.report.progress import Bar
-from vllm_suite.planner.report.question import InputError, duration, question
+from vllm_suite.planner.report.question import duration, question
 from vllm_suite.planner.report.study import Study, as_json, study
 from vllm_suite.planner.report.text import no_plan, report
 from vllm_suite.planner.report.why import Impossible, impossible
@@ -33,7 +34,6 @@ from vllm_suite.planner.workload import Request
 def plan(args: argparse.Namespace) -> int:
     """Find a plan, print the report, write what was asked for. Returns the exit status."""
     try:
-        writable(args)
         case = question(args)
         space = space_of(case)
         effort, deadline = timed(args)
@@ -58,31 +58,46 @@ def plan(args: argparse.Namespace) -> int:
     short = missed(case, result.best)
     if short:
         print(f"\n{short}")
+    written = [args.json] if args.json is not None else []
     _write_json(args.json, case, result, found, None)
-    if args.output is not None and not short:
-        head = [f"Made by vllm-suite plan {__version__}: {result.best.plan.name} for {case.workload.name}",
-                f"{case.cluster.gpus} x {case.cluster.device.name}, step times: {case.source}"]  # fmt: skip
-        try:
+    try:
+        if args.output is not None and not short:
+            head = [f"Made by vllm-suite plan {__version__}: {result.best.plan.name} for {case.workload.name}",
+                    f"{case.cluster.gpus} x {case.cluster.device.name}, step times: {case.source}"]  # fmt: skip
             spec = fleet_of(result.best.plan, case.setting, case.slo, model=case.name, longest=case.longest,
                             length_aware=case.dler, predicted=of_study(found, case))  # fmt: skip
-        except InputError.KINDS as error:
-            print(f"vllm-suite plan: {args.output}: {error}", file=sys.stderr)
-            return 2
-        args.output.write_text(fleet_text(spec, head), encoding="utf-8")
-        print(f"\nwrote {args.output}")
-    if args.html is not None:
-        from vllm_suite.planner.report.html import write_html
-        from vllm_suite.planner.report.pictures import PictureError
-
-        try:
-            write_html(args.html, case, result, found, sample, text, trace=args.timeline, deadline=deadline)
-        except PictureError as error:
-            print(f"vllm-suite plan: {args.html}: {error}", file=sys.stderr)
-            return 2
-        print(f"wrote {args.html}")
+            args.output.write_text(fleet_text(spec, head), encoding="utf-8")
+            written.insert(0, args.output)
+        written += pictured(args, case, result, found, sample, text, deadline)
+    except InputError.KINDS as error:
+        print(f"vllm-suite plan: {error}", file=sys.stderr)
+        return 2
+    if written:
+        print(f"\nwrote {', '.join(map(str, written))}")
     if args.watch is not None or args.watch_file is not None:
         return _watch(args, case, result.best.plan)
     return 1 if short else 0
+
+
+def pictured(
+    args: argparse.Namespace,
+    case: Case,
+    result: SearchResult,
+    found: Study,
+    sample: list[Request],
+    text: str,
+    deadline: float | None,
+) -> list[Path]:
+    """Write the page and the timeline that were asked for; which they are. Raises PictureError, OSError."""
+    if args.html is not None:
+        from vllm_suite.planner.report.html import write_html
+
+        write_html(args.html, case, result, found, sample, text, trace=args.timeline, deadline=deadline)
+    elif args.timeline is not None:
+        from vllm_suite.planner.report.html import write_timeline
+
+        write_timeline(args.timeline, case, found.best.found.plan, found.rate, sample)
+    return [path for path in (args.html, args.timeline) if path is not None]
 
 
 FOR_SEARCH = 0.75
@@ -188,13 +203,6 @@ def missed(case: Case, best: Found) -> str:
         return ""
     return (f"The rate that was asked for, {case.rate:.4g} requests/s, is not met: the best plan holds"
             f" {best.goodput:.4g}, {best.goodput / case.rate:.0%} of it.")  # fmt: skip
-
-
-def writable(args: argparse.Namespace) -> None:
-    """Raises InputError for an output whose folder is missing, before anything is printed."""
-    for path in (args.output, args.json, args.html):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.resolve().parent}")
 
 
 def _write_json(

@@ -79,6 +79,11 @@ def write_html(
     )
 
 
+def write_timeline(path: Path, case: Case, plan: Plan, rate: float, sample: list[Request]) -> None:
+    """A Chrome trace of a plan's run, without pictures. Raises OSError: the file cannot be written."""
+    _run(case, plan, rate, sample)[2].write(path)
+
+
 def _run(case: Case, plan: Plan, rate: float, sample: list[Request]) -> tuple[Collector, PoolSeries, Timeline]:
     setting, workload, simulated = case.varied(What(plan, rate), sample)
     collector = Collector(case.slo, stationary=not workload.recorded)

@@ -50,7 +50,7 @@ def _figure(width: float = 6.4, height: float = 3.8, rows: int = 1, columns: int
         import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise PictureError("pictures need matplotlib: pip install matplotlib") from error
+        raise PictureError("pictures need matplotlib: pip install 'vllm-suite[pictures]'") from error
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)

@@ -12,6 +12,8 @@ from vllm_suite.fleet.units import parse_duration_ms
 from vllm_suite.planner.hardware import HardwareError, cluster
 from vllm_suite.planner.models import Model, ModelError, load
 from vllm_suite.planner.plan import PlanError, Slo
+from vllm_suite.planner.report.arguments import InputError, check
+from vllm_suite.planner.report.pictures import PictureError
 from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.choices import Choices, Settings
 from vllm_suite.planner.search.sources import Sources, encoder_maker, measured, source_maker
@@ -21,35 +23,33 @@ from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.sources.base import SourceError
 from vllm_suite.planner.traces import TraceError, Workload, item_of, synthetic
 from vllm_suite.planner.traces import load as load_trace
+from vllm_suite.planner.watch import Recorded, WatchError
+
+IMAGE = "1024x1024"
+"""Pixels of a picture where nothing else is said."""
 
 
-class InputError(ValueError):
-    """An argument that cannot be used. `KINDS` are all errors that bad input raises."""
-
-    KINDS: tuple[type[Exception], ...] = ()
-
-
-InputError.KINDS = (InputError, ModelError, HardwareError, TraceError, PlanError, SourceError, StateError, OSError)
+InputError.KINDS = (
+    InputError, ModelError, HardwareError, TraceError, PlanError, SourceError, StateError, WatchError, PictureError,
+    OSError
+)  # fmt: skip
 
 
 def question(args: argparse.Namespace) -> Case:
     """What is asked. Raises one of `InputError.KINDS`."""
+    check(args)
     model, stored = load(args.model)
     hardware = cluster(args.gpus, args.hardware)
     slo = Slo(duration("--ttft", args.ttft), duration("--tpot", args.tpot), args.attainment)
-    if not 0 < args.attainment < 1:
-        raise InputError(f"--attainment is a share above 0 and below 1, not {args.attainment:g}")
-    if slo.ttft is None and slo.tpot is None:
-        raise InputError("give a target: --ttft, --tpot or both, for example --ttft 300ms --tpot 30ms")
-    if args.rate is not None and not args.rate > 0:
-        raise InputError(f"--rate is requests per second above 0, not {args.rate:g}")
-    if args.requests < 100:
-        raise InputError(f"--requests {args.requests}: fewer than 100 say nothing about a share of requests")
     workload = _workload(args, model)
     rate = args.rate if args.rate is not None else workload.rate
     if args.objective != "goodput" and rate is None:
         raise InputError(f"--objective {args.objective} compares plans at one rate: give --rate, or a trace with times")
     choices = Choices.parse(args.space, stored)
+    if not workload.items and all("encode" in kind for kind in choices.kinds):
+        raise InputError("--space kinds: plans with encoders need requests with pictures: give --images N")
+    if args.watch_file is not None:
+        Recorded(args.watch_file).windows()  # so that a bad file is known before the search
     if args.objective in ("cost", "energy", "latency"):
         # Fewer accelerators than there are may be what is best.
         choices = choices if any(word.startswith("idle=") for word in args.space) else replace(choices, idle=True)
@@ -97,27 +97,21 @@ def duration(name: str, text: str | None) -> float | None:
 
 def _workload(args: argparse.Namespace, model: Model) -> Workload:
     if args.trace is not None:
-        if args.isl is not None or args.osl is not None or args.images:
-            raise InputError("--trace has lengths of its own: leave --isl, --osl and --images")
-        found = load_trace(args.trace, args.format)
+        found = load_trace(args.trace, args.format or "auto")
         if found.rate is None and args.rate is None and args.objective != "goodput":
             raise InputError(f"{args.trace}: no arrivals were recorded; give --rate")
         return found
-    if args.isl is None or args.osl is None:
-        raise InputError("give --trace FILE, or mean lengths: --isl and --osl in tokens")
     items = ()
     if args.images:
         if model.encoder is None:
             raise InputError(f"--images: {args.model} has no encoder that is known")
-        if args.images < 0 or re.fullmatch(r"\d+x\d+", args.image_size) is None:
-            raise InputError(
-                f"--images {args.images} --image-size {args.image_size}: a number above 0, and WIDTHxHEIGHT"
-            )
-        items = (item_of(model.encoder, args.image_size),) * args.images
+        size = args.image_size or IMAGE
+        if re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) is None:
+            raise InputError(f"--image-size is WIDTHxHEIGHT in pixels, for example {IMAGE}, not {size}")
+        items = (item_of(model.encoder, size),) * args.images
     longest = args.max_model_len or model.longest
-    return synthetic(
-        args.isl, args.osl, cv=args.cv, rate=args.rate, arrival_cv=args.arrival_cv, items=items, longest=longest
-    )
+    return synthetic(args.isl, args.osl, cv=args.cv or 0.0, rate=args.rate, items=items, longest=longest,
+                     arrival_cv=1.0 if args.arrival_cv is None else args.arrival_cv)  # fmt: skip
 
 
 def _check_lengths(case: Case) -> None:

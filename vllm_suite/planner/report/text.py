@@ -45,10 +45,13 @@ def no_plan(case: Case, result: SearchResult, why: Impossible) -> str:
                 f"Each target can be met, both together by no plan: TTFT down to {_time(why.ttft)} with"
                 f" {why.ttft_plan.name}, TPOT down to {_time(why.tpot)} with {why.tpot_plan.name}."
             )
+        elif result.stopped:
+            lines.append(f"Stopped ({result.stopped}) before a plan was found that meets the targets; at no load they"
+                         " can be met. Give it more time, or a narrower --space.")  # fmt: skip
         else:
             rate = f" at {case.rate:g} requests/s" if case.rate else ""
             lines.append(f"No plan meets the targets{rate}; at no load they can be met.")
-    lines += ["", f"Nearest: {why.nearest.name}, at {why.rate:.3g} requests/s:"]
+    lines += ["", f"Nearest at no load: {why.nearest.name}, one request after the other:"]
     if why.outcome is not None:
         lines += _indent(_table([_head(case), _figures("", why.outcome, case.slo)]))
     return "\n".join([*lines, "", *_searched(result)]) + "\n"
@@ -70,7 +73,7 @@ def _question(case: Case) -> Iterator[str]:
 
 def _best(case: Case, found: Study) -> Iterator[str]:
     best = found.best
-    yield f"Best plan: {best.found.plan.name}"
+    yield f"Best plan: {best.found.plan.name} ({_kind(best.found.plan)})"
     yield from _indent(_pools(case, best.found.plan))
     if not math.isnan(best.found.goodput):
         per_gpu = best.found.goodput / case.cluster.gpus
@@ -84,12 +87,18 @@ def _best(case: Case, found: Study) -> Iterator[str]:
     yield from _indent(_spreads(outcome), 4)
     yield (f"    {outcome.attainment:.1%} within both targets (95 % interval {outcome.low:.1%} to {outcome.high:.1%},"
            f" {outcome.counted} requests counted)")  # fmt: skip
-    loads = [f"{role} {load.utilisation:.0%} busy" + (f", cache {load.kv_mean:.0%} full" if load.kv_mean else "")
-             for role, load in outcome.pools.items()]  # fmt: skip
+    loads = [f"{role} in steps {load.utilisation:.0%} of the time" + (f", cache {load.kv_mean:.0%} full" if load.kv_mean
+             else "") for role, load in outcome.pools.items()]  # fmt: skip
     yield f"    {'; '.join(loads)}"
     yield f"    {outcome.tokens_per_s:.0f} tokens/s{_energy(outcome)}{_money(outcome)}"
     if not outcome.steady:
         yield f"    not settled ({outcome.trend}): a longer run may say otherwise"
+
+
+def _kind(plan: Plan) -> str:
+    """What the pools do, in a word or two."""
+    encoders = " behind encoders" if plan.pool("encode") is not None else ""
+    return f"{'colocated' if plan.pool('any') is not None else 'disaggregated'}{encoders}"
 
 
 def _pools(case: Case, plan: Plan) -> list[str]:
@@ -166,8 +175,8 @@ def _bottleneck(case: Case, found: Study) -> Iterator[str]:
     yield f"  {', '.join(shares)}, {beyond.attainment:.1%} within both"
     stages = [f"{name.replace('_', ' ')} {_time(value)}" for name, value in beyond.stages.items()]
     yield f"  mean seconds of a request: {', '.join(stages)}"
-    loads = [f"{role} {load.utilisation:.0%} busy" + (f", cache up to {load.kv_max:.0%} full" if load.kv_max else "")
-             for role, load in beyond.pools.items()]  # fmt: skip
+    loads = [f"{role} in steps {load.utilisation:.0%} of the time" + (f", cache up to {load.kv_max:.0%} full"
+             if load.kv_max else "") for role, load in beyond.pools.items()]  # fmt: skip
     yield f"  {'; '.join(loads)}"
     if found.faster:
         worst = max(found.faster, key=lambda role: found.faster[role])
@@ -203,7 +212,8 @@ def _error(case: Case, found: Study) -> Iterator[str]:
         ttft = f"TTFT {_time(quick.ttft.at_share)} to {_time(slow.ttft.at_share)}"
         tpot = f"TPOT {_time(quick.tpot.at_share)} to {_time(slow.tpot.at_share)}"
         yield f"  at {found.rate:.4g} requests/s {ttft}, {tpot} for {case.slo.attainment:.0%} of the requests;"
-        yield f"  {slow.attainment:.1%} to {quick.attainment:.1%} of them within both"
+        least, most = f"{slow.attainment:.1%}", f"{quick.attainment:.1%}"
+        yield f"  {least if least == most else f'{least} to {most}'} of them within both"
     yield f"  source: {', '.join(case.sources.names)}"
     if found.outside is None:
         return

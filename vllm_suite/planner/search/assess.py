@@ -12,6 +12,8 @@ from vllm_suite.planner.search.trial import Evaluate, Trial
 from vllm_suite.planner.simulator.jobs import SimulationError
 
 MOST_TRIALS = 40
+MOST_RATE = 1e9
+"""Requests per second. A plan that holds them misses no target however much it is asked for."""
 
 _NEAR, _FAR = 1.04, 1.15
 """First steps of a bisection: from a rate that another plan holds, and from a guess."""
@@ -102,6 +104,8 @@ def _goodput(task: Task, evaluate: Evaluate) -> Assessed:
         rate = (low + high) / 2
     # From the guess by growing steps to a rate that holds and one that does not, then halves.
     while len(trials) < MOST_TRIALS and not (low and high < low * (1 + task.step)):
+        if rate > MOST_RATE:
+            break
         if holds(rate):
             low, found = rate, True
         else:

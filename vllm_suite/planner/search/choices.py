@@ -92,11 +92,15 @@ class Choices:
         """
         changes: dict[str, Any] = {}
         given: dict[str, tuple[int, ...]] = {}
+        named: set[str] = set()
         for word in words:
             key, equals, text = word.partition("=")
             parts = [part.strip() for part in text.split(",") if part.strip()]
             if not equals or not parts:
                 raise PlanError(f"space: {word!r} is not NAME=VALUE,VALUE, for example tp=1,2")
+            if key in named:
+                raise PlanError(f"space: {key} is given twice; write all its values in one, for example {key}={text}")
+            named.add(key)
             if key in ("tp", "pp", "dp", "encode_tp"):
                 changes[key] = _numbers(key, parts)
             elif key in ("seqs", "tokens"):
@@ -109,12 +113,18 @@ class Choices:
             elif key == "schemes":
                 if parts != ["apex"]:
                     raise PlanError(f"space: schemes is apex, not {','.join(parts)}")
-                changes["apex"], changes["kinds"] = True, ("any",)
+                changes["apex"] = True
             elif key == "quant":
                 changes["quants"] = tuple(_quant(part, quant) for part in parts)
             else:
                 known = "tp, pp, dp, ep, kinds, seqs, tokens, quant, encode_tp, wide_tp, idle, schemes"
                 raise PlanError(f"space: no {key!r}; there are {known}")
+        if "apex" in changes:
+            if changes.setdefault("kinds", ("any",)) != ("any",):
+                raise PlanError("space: schemes=apex has colocated plans alone; leave kinds")
+            sizes = sorted(named & {"tp", "pp", "dp", "ep", "wide_tp", "idle"})
+            if sizes:
+                raise PlanError(f"space: schemes=apex says how engines are cut; leave {', '.join(sizes)}")
         found = replace(cls(), **changes)
         return _with_settings(found, given) if given else found
 

@@ -20,7 +20,7 @@ class Horizon:
     Attributes:
         least: requests.
         residence: seconds that a request stays about, at the targets.
-        most: requests.
+        most: requests, but for `least`.
     """
 
     least: int
@@ -41,7 +41,7 @@ class Horizon:
 
     def count(self, rate: float) -> int:
         """Requests of a simulation at a rate."""
-        return min(self.most, max(self.least, math.ceil(TURNS * rate * self.residence)))
+        return max(self.least, math.ceil(min(self.most, TURNS * rate * self.residence)))
 
     def counted(self, arrivals: Sequence[float]) -> range:
         """Which requests count, by their number: not those of the first and the last residence, a fifth at most."""

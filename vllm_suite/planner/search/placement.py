@@ -1,8 +1,8 @@
 """The disaggregated plan by DistServe's algorithms: instances chosen apart, or as pairs that share nodes.
 
 The estimates of goodput are simulations of one instance with nothing slow beside it: for prefill a decode instance, for
-decode a prefill instance whose steps take no time; for a pair both. They are made for Poisson or recorded arrivals
-alike, of the case's own workload.
+decode a prefill instance whose steps take no time; for a pair both. A decode instance has to meet the TTFT too, which
+its queue counts into: requests that run meet a TPOT however many wait. Arrivals are the case's own, recorded or not.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def placed_by(algorithm: str, case: Case, space: Space, sample: list[Request]) -
     Raises:
         PlanError: no instance reaches any goodput, or the cluster is too small for the rate.
     """
+    if case.slo.ttft is None or case.slo.tpot is None:
+        raise PlanError("placement: DistServe's algorithms need both targets, --ttft and --tpot")
     cluster, bounds = case.cluster, case.bounds(sample)
     nodes = -(-cluster.gpus // domain(cluster))
     # Instances over more than four nodes are nobody's choice, and there are very many of them.
@@ -55,9 +57,7 @@ def placed_by(algorithm: str, case: Case, space: Space, sample: list[Request]) -
     def alone(role: Role, cut: Parallel) -> float:
         # The other one is cut alike, so that both stand on the cluster.
         shape = (engines["prefill", cut], engines["decode", cut])
-        slo = replace(case.slo, tpot=None) if role == "prefill" else replace(case.slo, ttft=None)
-        if slo.ttft is None and slo.tpot is None:
-            raise PlanError("placement: DistServe's algorithms need both targets, --ttft and --tpot")
+        slo = replace(case.slo, tpot=None) if role == "prefill" else case.slo
         if 2 * cut.gpus > cluster.gpus:
             return 0.0
         return single.goodput(shape, slo, "decode" if role == "prefill" else "prefill")
