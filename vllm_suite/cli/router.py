@@ -86,13 +86,16 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_suite.kube.client import Kube, NotInCluster
     from vllm_suite.router.auth import KeyFileError, Keys
+    from vllm_suite.router.tracing import TracingUnavailable, check
 
     try:
         config = _settings(args)
         Keys.resolve(config.auth)
+        if config.tracing is not None:
+            check()
         if config.membership.kubernetes and not args.check:
             Kube.in_cluster()
-    except (OSError, yaml.YAMLError, KeyFileError, NotInCluster, ValueError) as exc:
+    except (OSError, yaml.YAMLError, KeyFileError, NotInCluster, TracingUnavailable, ValueError) as exc:
         print(f"vllm-suite router: {exc}", file=sys.stderr)
         return 2
     if args.check:

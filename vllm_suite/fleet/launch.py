@@ -21,6 +21,7 @@ from vllm_suite.fleet.engine import EngineSpec
 from vllm_suite.fleet.files import dump_fleet
 from vllm_suite.fleet.keys import ENV_CLIENT_KEY, ENV_CONTROL_KEY, ENV_UPSTREAM_KEY, ENV_VLLM_KEY, FleetKeys
 from vllm_suite.fleet.spec import FleetSpec, Placed, PoolRole, PoolSpec
+from vllm_suite.fleet.tracing import ENV_ATTRIBUTES, ENV_PROTOCOL, ENV_SERVICE, PROTOCOL
 from vllm_suite.handoff import FLEET_KEY_ENV
 from vllm_suite.identity import ENV_INSTANCE_ID, ENV_ROLE
 from vllm_suite.roles.limits import ENV_LIMITS, RoleLimits
@@ -171,6 +172,9 @@ def _instance(spec: FleetSpec, one: Placed, engine: EngineSpec, gpus: tuple[str,
     if one.items is not None:
         env |= {"VLLM_EC_SIDE_CHANNEL_HOST": local.host, "VLLM_EC_SIDE_CHANNEL_PORT": str(one.items)}
         ports += [one.items + rank for rank in ranks]
+    if spec.tracing is not None:
+        argv += ["--otlp-traces-endpoint", spec.tracing.endpoint]
+        env |= _traced(spec, one.role, one.name)
     if keys.upstream:
         env[ENV_VLLM_KEY] = keys.upstream
     if keys.instance_control:
@@ -217,7 +221,12 @@ def plan_router(spec: FleetSpec, instances: list[Launch]) -> Launch:
         url=f"http://{_in_url(reach)}:{spec.router.port}",
         log=spec.local.log_dir / f"{spec.name}-router.log",
         ready="router",
-        env={"PYTHONUNBUFFERED": "1", **_fleet_key(spec), **_router_keys(keys)},
+        env={
+            "PYTHONUNBUFFERED": "1",
+            **(_traced(spec, "router", f"{spec.name}-router") if spec.tracing is not None else {}),
+            **_fleet_key(spec),
+            **_router_keys(keys),
+        },
         unset=(),
         ports=(spec.router.port,) if spec.router.port else (),
         control_key=keys.router_control,
@@ -252,6 +261,15 @@ def controller_fleet(spec: FleetSpec) -> str:
     )
 
 
+def _traced(spec: FleetSpec, part: str, name: str) -> dict[str, str]:
+    """Who sends the spans; the protocol, of which vLLM's default is another one."""
+    return {
+        ENV_PROTOCOL: PROTOCOL,
+        ENV_SERVICE: f"{spec.name}-{part}",
+        ENV_ATTRIBUTES: f"service.namespace={spec.name},service.instance.id={name}",
+    }
+
+
 def _fleet_key(spec: FleetSpec) -> dict[str, str]:
     """Of the instances' environment the one entry that the router has to share: without it none answers its questions,
     and what it signs is refused.
@@ -276,7 +294,7 @@ def router_config(spec: FleetSpec, instances: list[Launch]) -> str:
     given = spec.router.membership
     state: Literal["suite", "stock"] = "suite" if spec.plugins else "stock"
     members = Membership.model_validate({**given.model_dump(), "static": (*given.static, *targets), "state": state})
-    update = {"membership": members, "slo": spec.slo, "predicted": spec.predicted}
+    update = {"membership": members, "slo": spec.slo, "predicted": spec.predicted, "tracing": spec.tracing}
     config = spec.router.model_copy(update=update)
     data = config.model_dump(mode="json", exclude={"auth": {"api_keys", "upstream_api_key", "control_key"}})
     return yaml.safe_dump(data, sort_keys=False)

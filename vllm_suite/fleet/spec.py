@@ -17,6 +17,7 @@ from vllm_suite.fleet.engine import EngineSpec, PositiveInt, Settings
 from vllm_suite.fleet.kubernetes import KubernetesSpec
 from vllm_suite.fleet.predicted import PredictedSpec
 from vllm_suite.fleet.slo import SloSpec
+from vllm_suite.fleet.tracing import TracingSpec
 from vllm_suite.fleet.units import DurationMs
 from vllm_suite.roles.config import RolesSpec
 from vllm_suite.router.config import RouterConfig
@@ -141,6 +142,9 @@ class FleetSpec(Settings):
     predicted: PredictedSpec | None = Field(
         default=None, description="what `vllm-suite plan` said of this fleet; alerts compare it with what is measured"
     )
+    tracing: TracingSpec | None = Field(
+        default=None, description="OpenTelemetry spans of the router and of every instance, joined by request"
+    )
     local: LocalSpec = Field(default=LocalSpec(), description="read by `vllm-suite up` alone")
     kubernetes: KubernetesSpec = Field(default=KubernetesSpec(), description="read by the Helm chart alone")
 
@@ -154,8 +158,10 @@ class FleetSpec(Settings):
     def _router_of_a_file(cls, router: RouterConfig) -> RouterConfig:
         if len(router.auth.api_keys) > 1:
             raise ValueError("auth.api_keys: one key can be given here; put several into api_key_file")
-        if router.slo != SloSpec() or router.predicted is not None:
-            raise ValueError("slo and predicted stand at the top of a fleet file; the router gets them from there")
+        if router.slo != SloSpec() or router.predicted is not None or router.tracing is not None:
+            raise ValueError(
+                "slo, predicted and tracing stand at the top of a fleet file; the router gets them from it"
+            )
         return router
 
     @model_validator(mode="after")

@@ -129,6 +129,11 @@ ROUTER: tuple[SeriesSpec, ...] = (
         within("outcome", "answered, resting, and how a question failed"),
     ),
     _counter(
+        "trace_spans",
+        "Spans of finished requests by whether the collector took them.",
+        one_of("outcome", "exported", "failed"),
+    ),
+    _counter(
         "slo_requests",
         "Requests by whether they kept `slo` of the fleet file, where it has one: good; late: the first token; slow: "
         "those after it; failed: 5xx, 429 or broken off; unknown: the length of the answer is not known. Goodput is "

@@ -33,6 +33,7 @@ from vllm_suite.router.relay import ClientGone
 from vllm_suite.router.status import describe
 from vllm_suite.router.targets import Targets
 from vllm_suite.router.times import Times
+from vllm_suite.router.tracing import Tracing
 from vllm_suite.router.ui.history import STEP_S
 from vllm_suite.router.ui.routes import PATHS as UI_PATHS
 from vllm_suite.router.ui.routes import LiveRoutes
@@ -73,6 +74,7 @@ class Router:
             config.predicted,
             lambda: self._membership.missing() if self._membership is not None else {},
         )
+        self._tracing: Tracing | None = None
         self._chain: Chain | None = None
         self._session: aiohttp.ClientSession | None = None
         self._empty = asyncio.Event()
@@ -84,6 +86,10 @@ class Router:
         self.watchdog.start()
         async with open_session(config) as session:
             make = SuiteProbe if config.membership.state == "suite" else StockProbe
+            if config.tracing is not None:
+                self._tracing = Tracing(
+                    config.tracing, lambda outcome, spans: self.metrics.add(spans, "trace_spans", outcome)
+                )
             membership = Membership(
                 config.membership,
                 discoveries(config.membership),
@@ -107,6 +113,8 @@ class Router:
                 ticking.cancel()
                 await membership.stop()
                 await encode.close()
+                if self._tracing is not None:
+                    await self._tracing.close()
                 if lengths is not None:
                     lengths.save()
                 self.watchdog.stop()
@@ -158,6 +166,8 @@ class Router:
                 return body
             started = time.perf_counter()
             job = make_job(request, endpoint, body, guard, started, self.config, self.keys, self.metrics)
+            if self._tracing is not None:
+                job.trace = self._tracing.begin(endpoint, job.rid, request.headers)
             assert self._chain is not None
             response = await self._chain.run(job)
             if not response.prepared:
@@ -174,6 +184,8 @@ class Router:
             raise
         finally:
             self.metrics.count("requests", endpoint, code)
+            if job is not None:
+                job.trace.end(int(code), job.path)
             self.watchdog.release(guard)
             live.requests_in_flight -= 1
             if live.requests_in_flight == 0:

@@ -60,7 +60,8 @@ class Chain:
         try:
             if job.prompt.has_media:
                 job.stage = "encode"
-                await self._encode.admit(job)
+                with job.trace.stage("media"):
+                    await self._encode.admit(job)
                 job.lap("encode")
             return await self._through(job)
         except MediaRefused as exc:
@@ -96,7 +97,9 @@ class Chain:
         self._metrics.count("decisions", job.path, reason or "prefill")
         if job.media is not None:
             consumers = [decode] if reason else prefill_members(self._pool, job, decode, frozenset())
-            await self._encode.provide(job, job.media, consumers, decode)
+            with job.trace.stage("encode") as stage:
+                stage.into(job.media.request.headers)
+                await self._encode.provide(job, job.media, consumers, decode)
             job.lap("encode")
         reference = None if reason else await self._prefill.reference(job, decode)
         if not reason:
@@ -145,23 +148,26 @@ class Chain:
             member.charge(tokens)
             answer: Opened | None = None
             try:
-                answer = await open_answer(
-                    self._session, url, body, job.headers, job.guard, config, past_role=media is not None
-                )
-                if media is not None and answer.response.status == 400:
-                    rejection = await media.rejection_soon()
-                    if rejection is not None:
-                        raise rejection
-                job.stage = "stream"
-                job.answer = answer
-                job.lap("first_token")
-                if media is not None:
-                    job.prompt.document, body, own = None, b"", b""
-                    media.forget_media()
-                metrics.observe(time.perf_counter() - job.started, "first_byte_seconds", job.path)
-                if job.hashes and answer.response.status == 200:
-                    member.history.add(job.hashes)
-                return await relay(job.request, answer, job.rid, job.guard, config, metrics)
+                with job.trace.stage("decode", member.instance_id) as span:
+                    span.into(job.headers)
+                    answer = await open_answer(
+                        self._session, url, body, job.headers, job.guard, config, past_role=media is not None
+                    )
+                    if media is not None and answer.response.status == 400:
+                        rejection = await media.rejection_soon()
+                        if rejection is not None:
+                            raise rejection
+                    job.stage = "stream"
+                    span.event("first_byte")
+                    job.answer = answer
+                    job.lap("first_token")
+                    if media is not None:
+                        job.prompt.document, body, own = None, b"", b""
+                        media.forget_media()
+                    metrics.observe(time.perf_counter() - job.started, "first_byte_seconds", job.path)
+                    if job.hashes and answer.response.status == 200:
+                        member.history.add(job.hashes)
+                    return await relay(job.request, answer, job.rid, job.guard, config, metrics)
             except (UpstreamFailure, StageTimeout) as exc:
                 failure, failed = exc, member
                 self._blame.failed("decode", member, exc)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from vllm_suite.fleet.predicted import PredictedSpec
 from vllm_suite.fleet.slo import SloSpec
+from vllm_suite.fleet.tracing import TracingSpec
 from vllm_suite.lengths import LengthSettings
 from vllm_suite.router.encode.config import Encode
 from vllm_suite.router.settings import Bytes, Count, Seconds
@@ -207,6 +208,7 @@ class RouterConfig(_Settings):
     auth: Auth = Auth()
     slo: SloSpec = Field(default=SloSpec(), description="requests within it are counted as good")
     predicted: PredictedSpec | None = Field(default=None, description="exported beside what is measured")
+    tracing: TracingSpec | None = Field(default=None, description="send OpenTelemetry spans of requests to a collector")
     trust_transfer_params: bool = Field(
         default=False,
         description="let clients send kv_transfer_params and ec_transfer_params; only behind another router",

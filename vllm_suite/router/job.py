@@ -13,6 +13,7 @@ from vllm_suite.router.encode.plan import Plan
 from vllm_suite.router.guard import Guard
 from vllm_suite.router.policies import Demand
 from vllm_suite.router.prompt import Prompt
+from vllm_suite.router.tracing import OFF, Trace
 
 if TYPE_CHECKING:
     from vllm_suite.router.relay import Opened
@@ -37,6 +38,7 @@ class Job:
     answer: Opened | None = None  # the one that the client gets
     laps: dict[str, float] = field(default_factory=dict)  # seconds by stage, for `times`
     lapped: float = 0.0
+    trace: Trace = OFF
 
     def lap(self, stage: str) -> None:
         """All that went by since the last lap, or since the start, was `stage`."""

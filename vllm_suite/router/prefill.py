@@ -72,7 +72,9 @@ class Prefill:
             member.charge(job.tokens)
             began = time.perf_counter()
             try:
-                reference, exact = await self._once(job, member, body)
+                with job.trace.stage("prefill", member.instance_id) as span:
+                    span.into(job.headers)
+                    reference, exact = await self._once(job, member, body)
             except _Rejected:
                 rejection = await media.rejection_soon() if media is not None else None
                 if rejection is not None:

@@ -43,6 +43,7 @@
 {{- $args := list "serve" $v.model "--host" "0.0.0.0" "--port" (printf "%d" (int64 $v.kubernetes.api_port)) -}}
 {{- if $v.plugins -}}{{- $args = concat $args (list "--plugins" (join "," $v.plugins)) -}}{{- end -}}
 {{- if $v.served_model_name -}}{{- $args = concat $args (list "--served-model-name" $v.served_model_name) -}}{{- end -}}
+{{- with $v.tracing -}}{{- $args = concat $args (list "--otlp-traces-endpoint" .endpoint) -}}{{- end -}}
 {{- range $name := .root.Files.Get "files/engine-fields.yaml" | fromYamlArray -}}
   {{- $value := get $.engine $name -}}
   {{- $flag := replace "_" "-" $name -}}

@@ -66,6 +66,16 @@ capabilities:
       key: {{ .key }}
 {{- end -}}
 
+{{/* Where the collector of spans is let through; nothing without one. */}}
+{{- define "suite.tracingPort" -}}
+{{- with .Values.tracing -}}
+  {{- $url := urlParse .endpoint -}}
+  {{- $port := regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) -}}
+- ports:
+    - {protocol: TCP, port: {{ $port }}}
+{{- end -}}
+{{- end -}}
+
 {{/* Settings of a pod: a role's over the shared ones, key by key. */}}
 {{- define "suite.podSettings" -}}
 {{- $out := dict -}}

@@ -19,6 +19,11 @@
   {{- $_ := set $env "VLLM_EC_SIDE_CHANNEL_HOST" "$(POD_IP)" -}}
   {{- $_ := set $env "VLLM_EC_SIDE_CHANNEL_PORT" (printf "%d" (int64 $k.item_port)) -}}
 {{- end -}}
+{{- with .root.Values.tracing -}}
+  {{- $_ := set $env "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL" "http/protobuf" -}}
+  {{- $_ := set $env "OTEL_SERVICE_NAME" (printf "%s-%s" $.root.Release.Name $.role) -}}
+  {{- $_ := set $env "OTEL_RESOURCE_ATTRIBUTES" (printf "service.namespace=%s,service.instance.id=$(VLLM_SUITE_INSTANCE_ID)" $.root.Release.Name) -}}
+{{- end -}}
 {{- if eq .role "any" -}}
   {{- $limits := dict -}}
   {{- $some := false -}}

@@ -70,5 +70,5 @@ def test_the_router_of_a_fleet_gets_its_targets_and_its_plan() -> None:
     assert config.predicted is not None
     assert config.predicted.ttft is not None
     assert config.predicted.ttft.p99 == 300.0
-    with pytest.raises(ValueError, match="at the top of a fleet file"):
+    with pytest.raises(ValueError, match="stand at the top of a fleet file"):
         FleetSpec.model_validate({**data, "router": {"slo": {"ttft": "300ms"}}})

@@ -154,7 +154,7 @@ def test_figures_are_of_the_window_alone():
         for _ in range(12):
             for _ in range(requests):
                 metrics.count("requests", "chat", "200")
-                metrics.observe(seconds, "prefill_seconds")
+                metrics.observe(seconds, "stage_seconds", "disaggregated", "prefill")
             now[0] += STEP_S
             live.tick()
 

@@ -81,6 +81,7 @@ def document(encoders: int = 2, prefills: int = 2, decodes: int = 3, **over: obj
             refused=5,
             disaggregated=0.875,
             recoveries=9,
+            goodput=0.958,
             step_s=5.0,
             rate_series=[12 + 4 * math.sin(i / 6) for i in range(60)],
             ttft_p99_series=[None if i < 5 else 400 + 90 * math.cos(i / 4) for i in range(60)],

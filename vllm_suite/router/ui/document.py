@@ -141,7 +141,10 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Traffic(msgspec.Struct, frozen=True):
-    """Over the window, and requests a second and p99 of the time to the first token in steps of `step_s` seconds."""
+    """Over the window, and requests a second and p99 of the time to the first token in steps of `step_s` seconds.
+
+    `goodput` is the share of requests that kept every target; null without targets.
+    """
 
     in_flight: int
     requests_per_s: float
@@ -149,6 +152,7 @@ class Traffic(msgspec.Struct, frozen=True):
     refused: int
     disaggregated: float | None
     recoveries: int
+    goodput: float | None
     step_s: float
     rate_series: list[float]
     ttft_p99_series: list[float | None]

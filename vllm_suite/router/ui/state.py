@@ -26,19 +26,14 @@ SEEN = {
     "tpot": ("tpot_seconds",),
     "request": ("request_seconds",),
 }
-"""Histograms of what a client sees: of each name the first series that has been observed."""
+"""Histograms of what a client sees: of each name the first series that has been observed. Only streamed answers have
+a first token of their own."""
 
-STAGES = {
-    "encode": ("stage_seconds/encode", "encode_request_seconds"),
-    "queue": ("stage_seconds/queue",),
-    "prefill": ("stage_seconds/prefill", "prefill_seconds"),
-    "first_token": ("stage_seconds/first_token",),
-    "decode": ("stage_seconds/decode",),
-}
-"""The stages in the order of a request, in the same way; `series/value` is one value of the label `stage`."""
+STAGES = ("encode", "queue", "prefill", "first_token", "decode", "answer")
+"""Values of the label `stage` in the order of a request; `answer` is both of the last two where nothing is streamed."""
 
-_COUNTERS = ("requests", "decisions", "recoveries", "stream_errors", "rejected")
-_HISTOGRAMS = {name.partition("/")[0] for table in (SEEN, STAGES) for names in table.values() for name in names}
+_COUNTERS = ("requests", "decisions", "recoveries", "stream_errors", "slo_requests")
+_HISTOGRAMS = (*(name for names in SEEN.values() for name in names), "stage_seconds")
 
 
 class LiveState:
@@ -82,7 +77,7 @@ class LiveState:
         before, after = self._history.last_step()
         seconds = after.at - before.at
         self._rates.append((after.total("requests") - before.total("requests")) / seconds if seconds > 0 else 0.0)
-        self._slowest.append(_ms(_first(after, SEEN["ttft"]).since(_first(before, SEEN["ttft"])).quantile(0.99)))
+        self._slowest.append(_ms(_between(before, after, SEEN["ttft"]).quantile(0.99)))
 
     def document(self) -> doc.Live:
         """The document as of now, at most CACHED_S old."""
@@ -130,6 +125,7 @@ class LiveState:
         codes = {dict(labels)["code"] for (name, labels) in now.counters if name == "requests"}
         failed = sum(since("requests", code=code) for code in codes if code.startswith("5")) + since("stream_errors")
         decided = since("decisions")
+        judged = since("slo_requests") - since("slo_requests", verdict="unknown")
         return doc.Traffic(
             in_flight=self._live.requests_in_flight,
             requests_per_s=since("requests") / window_s,
@@ -137,6 +133,7 @@ class LiveState:
             refused=int(sum(since("requests", code=code) for code in codes if code.startswith("4") and code != "499")),
             disaggregated=since("decisions", path="disaggregated") / decided if decided else None,
             recoveries=int(since("recoveries")),
+            goodput=since("slo_requests", verdict="good") / judged if judged else None,
             step_s=STEP_S,
             rate_series=list(self._rates),
             ttft_p99_series=list(self._slowest),
@@ -147,7 +144,7 @@ class LiveState:
         for name in ("ttft", "tpot"):
             limit: float | None = getattr(self._slo, name)
             if limit is not None:
-                seen = _first(now, SEEN[name]).since(_first(old, SEEN[name]))
+                seen = _between(old, now, SEEN[name])
                 rows.append(doc.Target(name, limit, seen.share_below(limit / 1000)))
         return rows
 
@@ -160,8 +157,12 @@ class LiveState:
         ]
 
 
-def _first(snapshot: Snapshot, names: Iterable[str]) -> Histogram:
-    return next((snapshot.histograms[name] for name in names if name in snapshot.histograms), Histogram())
+def _between(before: Snapshot, after: Snapshot, names: Iterable[str]) -> Histogram:
+    """What the first of these series that has been observed saw between two snapshots."""
+    for name in names:
+        if name in after.histograms:
+            return after.histograms[name].since(before.histograms.get(name, Histogram()))
+    return Histogram()
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -174,8 +175,8 @@ def _spread(name: str, histogram: Histogram) -> doc.Spread:
 
 def _latency(now: Snapshot, old: Snapshot) -> doc.Latency:
     return doc.Latency(
-        seen=[_spread(name, _first(now, names).since(_first(old, names))) for name, names in SEEN.items()],
-        stages=[_spread(name, _first(now, names).since(_first(old, names))) for name, names in STAGES.items()],
+        seen=[_spread(name, _between(old, now, names)) for name, names in SEEN.items()],
+        stages=[_spread(name, _between(old, now, (f"stage_seconds/{name}",))) for name in STAGES],
     )
 
 

@@ -40,6 +40,7 @@ function tiles(state) {
     { name: "In flight", value: number(traffic.in_flight, 0), note: "in this router now" },
     { name: "TTFT p99", value: ms(seen.ttft?.p99), note: met("ttft"), series: traffic.ttft_p99_series, level: level("ttft") },
     { name: "TPOT p99", value: ms(seen.tpot?.p99), note: met("tpot"), level: level("tpot") },
+    ...(state.targets.length ? [{ name: "Goodput", value: share(traffic.goodput), note: "requests within every target", level: traffic.goodput !== null && traffic.goodput < 0.9 ? "bad" : null }] : []),
     { name: "Failed requests", value: number(traffic.failed, 0), note: `${traffic.refused.toLocaleString("en")} refused`, level: traffic.failed ? "bad" : null },
     { name: "Recoveries", value: number(traffic.recoveries, 0), note: "in the window", level: traffic.recoveries ? "warn" : null },
   ];
@@ -61,6 +62,7 @@ export function drawTiles(parent, state) {
 const STAGES = {
   encode: ["encode", "encode"], queue: ["queue", "queue"], prefill: ["prefill", "prefill"],
   first_token: ["transfer and first token", "transfer"], decode: ["decode after it", "decode"],
+  answer: ["whole answer, not streamed", "other"],
 };
 
 function stack(name, stages, quantile, longest) {
@@ -77,11 +79,12 @@ function stack(name, stages, quantile, longest) {
   return el("div", { class: "stack" }, el("span", {}, name), bar, el("span", {}, ms(total)));
 }
 
+const AFTER = ["decode", "answer"];
 const colour = (stage) => `var(--${STAGES[stage]?.[1] ?? "other"})`;
 
 export function drawLatency(parent, state) {
   const measured = state.latency.stages.filter((stage) => stage.count);
-  const before = measured.filter((stage) => stage.name !== "decode");
+  const before = measured.filter((stage) => !AFTER.includes(stage.name));
   const sum = (quantile) => before.reduce((all, stage) => all + (stage[quantile] ?? 0), 0);
   const longest = Math.max(sum("p50"), sum("p99"), 1e-9);
   const stageName = (stage) => {
