@@ -172,6 +172,10 @@ class Monitoring(Settings):
     labels: Labels = Field(default={}, description="that the operator selects by")
     interval: str = Field(default="15s", pattern=r"^[0-9]+(s|m)$", description="between two scrapes")
     rules: bool = Field(default=True, description="alerts")
+    dashboards: bool = Field(default=True, description="ConfigMaps with Grafana dashboards")
+    dashboard_labels: Labels = Field(
+        default={"grafana_dashboard": "1"}, description="that Grafana's sidecar selects dashboards by"
+    )
 
 
 class Keys(Settings):

@@ -56,5 +56,6 @@ def test_the_chart_renders_it_as_it_is(path: Path) -> None:
         args = container(workload)["args"]
         assert args[args.index("--max-num-batched-tokens") + 1] == "2048"
     rules = find(objects, "PrometheusRule", "llm")["spec"]["groups"][0]["rules"]
-    late = next(rule for rule in rules if rule["alert"] == "VllmSuiteFirstTokenLate")
-    assert late["expr"].endswith("> 0.2")
+    assert {"VllmSuiteSloBurn", "VllmSuitePredictionLeft"} <= {rule["alert"] for rule in rules}
+    given = yaml.safe_load(find(objects, "ConfigMap", "llm-router")["data"]["router.yaml"])
+    assert given["slo"]["ttft"] == "200ms"
