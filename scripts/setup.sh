@@ -71,5 +71,19 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
   { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
     >>"$log" 2>&1 || say "no chromium: the tests of the live page will be skipped; why: $log"
 fi
+# Tests scrape with a real Prometheus: Debian's package, unpacked here. Nothing is installed on the system or started.
+unpack_prometheus() {
+  local folder="$PWD/$venv/opt/prometheus" package
+  command -v apt-get && command -v dpkg-deb && rm -rf "$folder" && mkdir -p "$folder" && cd "$folder" || return 1
+  apt-get download prometheus || { [ "$(id -u)" = 0 ] && apt-get update && apt-get download prometheus; } || return 1
+  package="$(echo prometheus_*.deb)"
+  dpkg-deb -x "$package" . && rm "$package" && usr/bin/promtool --version
+}
+if [ -z "${VLLM_SUITE_PROMETHEUS:-}" ] && ! command -v prometheus >/dev/null; then
+  if ! (unpack_prometheus) >>"$log" 2>&1; then
+    rm -rf "$venv/opt/prometheus"
+    say "no Prometheus, so its tests are skipped: install Debian's package prometheus or set VLLM_SUITE_PROMETHEUS to a folder with it"
+  fi
+fi
 printf '%s' "$want" >"$stamp"
 say "ready in $((SECONDS - started)) s; activate with: source $venv/bin/activate"

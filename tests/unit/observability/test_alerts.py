@@ -226,3 +226,10 @@ def test_every_dashboard_expression_is_promql(tmp_path: Path) -> None:
 def test_json_is_what_the_chart_ships() -> None:
     shipped = json.loads((CHART / "files/dashboards/overview.json").read_text())
     assert shipped["uid"] == "vllm-suite-overview"
+
+
+def test_the_page_names_every_alert_and_dashboard() -> None:
+    page = (ROOT / "docs/observability.md").read_text()
+    assert set(re.findall(r"^\| `(VllmSuite\w+)` \|", page, re.MULTILINE)) == {one.name for one in ALERTS}
+    for dashboard in DASHBOARDS:
+        assert f"`{dashboard.name}`" in page
