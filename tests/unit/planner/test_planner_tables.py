@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.hardware.collectives import Collectives
@@ -20,6 +21,7 @@ from vllm_suite.planner.sources.base import Outside, SourceError
 from vllm_suite.planner.sources.efficiency import Efficiency
 from vllm_suite.planner.sources.grid import Grid
 from vllm_suite.planner.sources.roofline import FITTED, UNCALIBRATED, RooflineSource
+from vllm_suite.planner.sources.skew import Skew
 from vllm_suite.planner.sources.steps import Steps, pairs
 from vllm_suite.planner.sources.tables import TableSource
 
@@ -116,6 +118,20 @@ def test_a_line_ends_where_the_share_changes(profile: Path) -> None:
         steps = Steps.of(contexts=[10 + index, 35 + index])
         assert line.seconds + index * line.slope == pytest.approx(source.step_seconds(steps))
     assert source.decode_line(2, 45).steps == pytest.approx(32 - 22.5 + 1)
+
+
+def test_the_share_lies_between_numbers_of_sequences_that_were_measured(profile: Path) -> None:
+    """Buckets to 2, to 4 and beyond: 3 lies half-way, 1 and 5 have no neighbour to lie between."""
+    axes = yaml.safe_load(META)["skew_fit"]
+    axes["bucket_axes"] |= {"n_bins": [0, 2, 4, 1000], "n_labels": ["two", "four", "more"]}
+    fit = [(chunk, n, "low", "short", "none", share)
+           for n, share in (("two", 0.2), ("four", 0.6), ("more", 0.8)) for chunk in (0, 16)]  # fmt: skip
+    write(profile / "tp1" / "skew_fit.csv", "pc,n_label,skew_rate_label,kv_big_label,kp_label,alpha", fit)
+    skew = Skew(profile / "tp1", axes, 1)
+    numbers, shares = [1, 2, 3, 3.5, 4, 5, 99], [0.2, 0.2, 0.4, 0.5, 0.6, 0.8, 0.8]
+    assert [skew.alpha(0, n, 0.1, 30, 0) for n in numbers] == pytest.approx(shares)
+    other = np.zeros(len(numbers))
+    assert skew.alphas(other + 8, np.array(numbers, float), other + 0.1, other + 30, other) == pytest.approx(shares)
 
 
 def test_host_time_is_added(profile: Path) -> None:

@@ -54,14 +54,23 @@ class Skew:
     def alpha(self, chunk: float, sequences: float, rate: float, longest: float, before: float) -> float:
         """α of one batch; `rate` is (mean - shortest) / (longest - shortest).
 
-        It is interpolated between chunk sizes.
+        It is interpolated between chunk sizes and between numbers of sequences, which were measured at the upper edges
+        of their buckets. The buckets of the other axes hold several measured values each, and are taken whole.
         """
-        index = 0
-        values = (sequences, rate, longest, before)
-        for edges, stride, value in zip(self._edges, self._strides[1:], values, strict=True):
+        index, counts = 0, self._edges[0]
+        for edges, stride, value in zip(self._edges[1:], self._strides[2:], (rate, longest, before), strict=True):
             index += stride * bisect_left(edges, value)
         at, share = _between(self._chunks, chunk)
         index += at * self._strides[0]
+        place = bisect_left(counts, sequences)
+        index += place * self._strides[1]
+        found = self._along_chunks(index, share)
+        if 0 < place < len(counts) and sequences < counts[place]:
+            back = (counts[place] - sequences) / (counts[place] - counts[place - 1])
+            found += back * (self._along_chunks(index - self._strides[1], share) - found)
+        return found
+
+    def _along_chunks(self, index: int, share: float) -> float:
         low = self._flat[index]
         return low if not share else low + share * (self._flat[index + self._strides[0]] - low)
 
@@ -76,9 +85,19 @@ class Skew:
         points = np.asarray(self._chunks)
         at = np.clip(np.searchsorted(points, chunk, side="right") - 1, 0, len(points) - 2)
         share = np.clip((chunk - points[at]) / (points[at + 1] - points[at]), 0.0, 1.0)
+        counts = self._array_edges[0]
+        upper = np.clip(place[0], 1, len(counts) - 1)
+        back = np.clip((counts[upper] - sequences) / np.maximum(counts[upper] - counts[upper - 1], 1e-9), 0.0, 1.0)
+        # In the first bucket, and beyond the last edge, there is nothing to interpolate to.
+        back = np.where((place[0] > 0) & (place[0] < len(counts)), back, 0.0)
+        found = self._many_along_chunks(at, place, share)
+        lower = self._many_along_chunks(at, (np.maximum(place[0] - 1, 0), *place[1:]), share)
+        return np.asarray(found + back * (lower - found), dtype=float)
+
+    def _many_along_chunks(self, at: Any, place: tuple[Any, ...], share: FloatArray) -> FloatArray:
         low: FloatArray = self._alpha[(at, *place)]
         high: FloatArray = self._alpha[(at + 1, *place)]
-        return np.asarray(low + share * (high - low), dtype=float)
+        return low + share * (high - low)
 
     def holds_to(self, longest: float) -> float:
         """The longest context up to which α stays the same."""
