@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     control.add_argument(
         "--lease", metavar="NAME", help="of a Kubernetes Lease in this pod's namespace: of several controllers one acts"
     )
+    control.add_argument(
+        "--scale", metavar="KIND/NAME", help="deployment/NAME or lws/NAME of pools.any, whose size `roles.scale` is for"
+    )
     control.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus series there")
     control.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for them (127.0.0.1)")
     for verb in (status, set_, control):
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     action = {"status": _status, "set": _set, "control": _control}[args.action]
     try:
         return asyncio.run(action(args))
-    except (FleetFileError, KeyFileError, PredictError, NotInCluster) as error:
+    except (FleetFileError, KeyFileError, PredictError, NotInCluster, ValueError) as error:
         print(f"vllm-suite roles: {error}", file=sys.stderr)
         return 2
     except (NoFleet, NoAnswer) as error:
@@ -138,20 +141,28 @@ async def _control(args: argparse.Namespace) -> int:
     import aiohttp
     from prometheus_client import CollectorRegistry, start_http_server
 
-    from vllm_suite.fleet.files import load_fleet
+    from vllm_suite.fleet.files import FleetFileError, load_fleet
     from vllm_suite.kube.client import Kube
     from vllm_suite.roles.controller import Controller
     from vllm_suite.roles.follow import rule_of
     from vllm_suite.roles.lease import Lease
+    from vllm_suite.roles.scale import Target, Workload
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     access, fleet = _access(args), load_fleet(args.fleet)
     registry = CollectorRegistry()
     if args.metrics_port is not None:
         start_http_server(args.metrics_port, addr=args.metrics_host, registry=registry)
-    kube = Kube.in_cluster() if args.lease else None
-    lease = Lease(kube, args.lease, socket.gethostname()) if kube is not None else None
-    controller = Controller(fleet.roles, access, registry, rule_of(fleet), dry_run=args.dry_run, lease=lease)
+    if (args.scale is None) != (fleet.roles.scale is None):
+        raise FleetFileError("--scale and the section roles.scale go together: one names the workload, one the budget")
+    kube = Kube.in_cluster() if args.lease or args.scale else None
+    lease = Lease(kube, args.lease, socket.gethostname()) if kube is not None and args.lease else None
+    scale = None
+    if kube is not None and args.scale:
+        pool = fleet.pools.any
+        gpus = fleet.engine.overridden_by(pool.engine).gpus if pool is not None else 1
+        scale = Workload(kube, Target.parse(args.scale)), gpus
+    controller = Controller(fleet.roles, access, registry, rule_of(fleet), args.dry_run, lease, scale)
     async with aiohttp.ClientSession() as session:
         task = asyncio.create_task(controller.run(session))
         for number in (signal.SIGTERM, signal.SIGINT):

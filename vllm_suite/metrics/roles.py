@@ -46,6 +46,12 @@ CONTROLLER: tuple[SeriesSpec, ...] = (
         (one_of("outcome", "ok", "partial", "no_router", "follower", "no_api"),),
     ),
     SeriesSpec(
+        "vllm_suite_roles_scalings_total",
+        "counter",
+        "Instances more or fewer asked for; changing: the workload is not of the fleet's size yet.",
+        (one_of("direction", "up", "down"), one_of("outcome", "scaled", "no_api", "changing")),
+    ),
+    SeriesSpec(
         "vllm_suite_roles_moves_total",
         "counter",
         "Switches asked for, why (start, rule), and the answer: begun, noop, refused, no_answer, dry_run.",

@@ -50,6 +50,17 @@ class PredictSpec(Settings):
     )
 
 
+class ScaleSpec(Settings):
+    """The number of instances in `pools.any` on Kubernetes; needs `roles control --scale`."""
+
+    gpus: Annotated[int, Field(ge=1)] = Field(description="that all instances of `pools.any` may have together")
+    least: Annotated[int, Field(ge=1, le=1024)] = Field(default=2, description="instances that are kept")
+    up_after: Seconds = Field(default=30.0, description="seconds in which requests wait and no switch would help")
+    down_after: Seconds = Field(
+        default=600.0, description="seconds in which one instance fewer would do; with rule goodput alone"
+    )
+
+
 class RolesSpec(Settings):
     """Role switching of the instances in `pools.any`. Nothing switches unless `vllm-suite roles control` runs."""
 
@@ -62,6 +73,7 @@ class RolesSpec(Settings):
         description="epd: the stage with the longest queue gets an instance; goodput: the planner's prediction decides",
     )
     predict: PredictSpec | None = Field(default=None, description="for rule goodput")
+    scale: ScaleSpec | None = Field(default=None, description="more and fewer instances, after switching")
     every: Seconds = Field(default=1.0, description="seconds between two looks at the fleet")
     agree: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=5, description="looks in a row that have to ask for the same switch"

@@ -19,6 +19,7 @@ from vllm_suite.roles.config import RolesSpec
 from vllm_suite.roles.decider import ROLES, Decider, Move
 from vllm_suite.roles.follow import Follow, Rule
 from vllm_suite.roles.lease import Lease
+from vllm_suite.roles.scale import Scaling, Workload
 from vllm_suite.roles.seen import Seen
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Controller:
         rule: that decides; EPD's where it is left out.
         dry_run: say what would be done, and do nothing.
         lease: acts only while it is held.
+        scale: the workload of the instances, where `roles.scale` is set, and the GPUs of one instance.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Controller:
         rule: Rule | None = None,
         dry_run: bool = False,
         lease: Lease | None = None,
+        scale: tuple[Workload, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spec = spec
@@ -57,6 +60,8 @@ class Controller:
         self._dry_run = dry_run
         self._lease = lease
         self._leads = lease is None
+        self._workload = scale[0] if scale is not None else None
+        self._scaling = Scaling(spec.scale, scale[1], spec.least_queue) if scale is not None and spec.scale else None
         self._clock = clock
         self._rule = rule or Follow()
         self._decider = Decider(spec, self._rule)
@@ -95,6 +100,7 @@ class Controller:
         move = self._decider.decide(fleet, now)
         self._foreseen()
         if move is None:
+            await self._scale(fleet, now)
             return None
         if self._lease is not None and self._lease.left() < SURE_S:
             # Whoever leads next has to see this switch: it has to be begun before the lease can be theirs.
@@ -102,6 +108,17 @@ class Controller:
             return None
         await self._make_move(session, move)
         return move
+
+    async def _scale(self, fleet: list[Seen], now: float) -> None:
+        spec = self._spec.scale
+        if self._scaling is None or self._workload is None or spec is None:
+            return
+        helps = self._decider.held not in ("rule", "queue", "floor", "nobody")
+        step = self._scaling.step(fleet, helps, self._rule.spare(), now)
+        if not step or self._dry_run:
+            return
+        outcome = await self._workload.add(step, len(fleet), spec.least, self._scaling.most) or "changing"
+        self._series["vllm_suite_roles_scalings_total"].labels("up" if step > 0 else "down", outcome).inc()
 
     async def _lead(self, lease: Lease) -> bool:
         outcome = await lease.hold()

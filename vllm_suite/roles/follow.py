@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from vllm_suite.roles.rules import Policy, Stage, Switch, epd_rule, goodput_rule
+from vllm_suite.roles.scale import SPARE
 from vllm_suite.roles.seen import Seen
 from vllm_suite.roles.traffic import Observer, Traffic
 
@@ -22,6 +24,9 @@ class Rule(Policy, Protocol):
 
     def see(self, fleet: Sequence[Seen], now: float) -> None:
         """One look."""
+
+    def spare(self) -> bool:
+        """Whether one instance fewer would do, as the last question has shown; False where that is not known."""
 
     def figures(self) -> Mapping[str, float]:
         """For the controller's gauges `vllm_suite_roles_<name>`."""
@@ -39,6 +44,10 @@ class Follow:
     def see(self, fleet: Sequence[Seen], now: float) -> None:
         """Nothing of it is kept."""
 
+    def spare(self) -> bool:
+        """Queues do not tell."""
+        return False
+
     def figures(self) -> Mapping[str, float]:
         """None."""
         return {}
@@ -52,17 +61,22 @@ class Foresee:
         self._spec = spec
         self._observer = Observer(spec.window)
         self._figures: dict[str, float] = {}
+        self._spare = False
 
     def see(self, fleet: Sequence[Seen], now: float) -> None:
         """One look."""
         self._observer.see(fleet, now)
+
+    def spare(self) -> bool:
+        """One fewer, in the best roles, serves `SPARE` times what comes."""
+        return self._spare
 
     def figures(self) -> Mapping[str, float]:
         """Demand and goodputs of the last question; NaN while too little is known."""
         return self._figures
 
     def __call__(self, stages: Sequence[Stage], now: float) -> Switch | None:
-        traffic = self._observer.traffic()
+        traffic, self._spare = self._observer.traffic(), False
         if traffic is None:
             self._figures = dict.fromkeys(("demand", "goodput", "goodput_best"), math.nan)
             return None
@@ -84,6 +98,13 @@ class Foresee:
 
         found = goodput_rule(predict, cost, self._spec.horizon, self._spec.least_gain)(stages, now)
         present = predict(engines)
+        more = replace(traffic, rate=SPARE * traffic.rate)
+        total = sum(engines.values())
+        self._spare = set(engines) == {"prefill", "decode"} and any(
+            self._predictor.goodput(more, {"prefill": prefill, "decode": total - 1 - prefill})
+            >= more.demand(self._spec.window)
+            for prefill in range(1, total - 1)
+        )
         self._figures = {
             "demand": traffic.demand(self._spec.window),
             "goodput": present,
