@@ -146,9 +146,9 @@ class Gateway(Settings):
 
 
 class ControllerPods(PodSettings):
-    """The process that switches roles of `pools.any` by load (`roles` in the fleet file)."""
+    """The process that switches roles of `pools.any` by load, where `roles.control` says so."""
 
-    enabled: bool = Field(default=False, description="run `vllm-suite roles control`; needs `pools.any`")
+    replicas: PositiveInt = Field(default=1, description="of several, one acts: it holds a Lease")
     metrics_port: Port = Field(default=9101, description="its series")
 
 

@@ -51,7 +51,7 @@ def _on(spec: FleetSpec) -> set[str]:
         found.add("slo")
     if spec.predicted is not None:
         found.add("predicted")
-    if spec.kubernetes.controller.enabled:
+    if spec.roles.control:
         found.add("controller")
     return found
 

@@ -64,7 +64,7 @@ class ScaleSpec(Settings):
 class RolesSpec(Settings):
     """Role switching of the instances in `pools.any`. Nothing switches unless `vllm-suite roles control` runs."""
 
-    control: bool = Field(default=False, description="`vllm-suite up` runs the controller beside the fleet")
+    control: bool = Field(default=False, description="`vllm-suite up` and the chart run the controller")
     start: Counts = Field(default=Counts(), description="roles given to instances that have none yet")
     floor: Floor = Field(default=Floor(), description="ready instances that a role keeps")
     limits: RoleLimits = Field(default=RoleLimits(), description="vLLM's limits of each role, below those of `engine`")

@@ -36,6 +36,11 @@ matchExpressions:
 {{- default (printf "%s-keys" .Release.Name) .Values.kubernetes.keys.existing_secret -}}
 {{- end -}}
 
+{{/* "true" where the file asks for the controller of role switching. */}}
+{{- define "suite.controls" -}}
+{{- if dig "roles" "control" false (omit .Values.AsMap "kubernetes") -}}true{{- end -}}
+{{- end -}}
+
 {{/* "true" where clients need a key. */}}
 {{- define "suite.clientKey" -}}
 {{- if or .Values.kubernetes.keys.require_api_key (dig "auth" "api_keys" list (default dict .Values.router)) -}}true{{- end -}}
@@ -143,27 +148,16 @@ capabilities:
 {{- mulf (float64 (regexFind "^[0-9.]+" (trim .))) (get $units (regexFind "[a-z]+$" (lower (trim .)))) -}}
 {{- end -}}
 
-{{/* Rules of a Role, from the table that vllm_suite/kube/verbs.py is. A pool that has an autoscaler is left to it. */}}
+{{/* Rules of a Role, from the table that vllm_suite/kube/verbs.py is. */}}
 {{- define "suite.rules" -}}
 {{- $root := .root -}}
-{{- $component := .component -}}
-{{- $pools := dict "deployments/scale" list "leaderworkersets/scale" list -}}
-{{- range $one := include "suite.roles" $root | fromJsonArray -}}
-  {{- if not (dig "pools" $one.role "autoscaling" dict $root.Values.kubernetes) -}}
-    {{- $kind := ternary "deployments/scale" "leaderworkersets/scale" (eq (int $one.nodes) 1) -}}
-    {{- $_ := set $pools $kind (append (get $pools $kind) (printf "%s-%s" $root.Release.Name $one.role)) -}}
-  {{- end -}}
-{{- end -}}
 {{- $rules := list -}}
-{{- range $right := get ($root.Files.Get "files/rbac.yaml" | fromYaml) $component -}}
+{{- range $right := get ($root.Files.Get "files/rbac.yaml" | fromYaml) .component -}}
   {{- $rule := dict "apiGroups" (list $right.group) "resources" (list $right.resource) "verbs" $right.verbs -}}
   {{- if eq $right.names "lease" -}}
-    {{- $rules = append $rules (merge (dict "resourceNames" (list (printf "%s-controller" $root.Release.Name))) $rule) -}}
-  {{- else if eq $right.names "pools" -}}
-    {{- with get $pools $right.resource -}}{{- $rules = append $rules (merge (dict "resourceNames" .) $rule) -}}{{- end -}}
-  {{- else -}}
-    {{- $rules = append $rules $rule -}}
+    {{- $_ := set $rule "resourceNames" (list (printf "%s-controller" $root.Release.Name)) -}}
   {{- end -}}
+  {{- $rules = append $rules $rule -}}
 {{- end -}}
 {{ toYaml $rules }}
 {{- end -}}

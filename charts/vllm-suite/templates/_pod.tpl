@@ -27,7 +27,7 @@
 {{- if eq .role "any" -}}
   {{- $limits := dict -}}
   {{- $some := false -}}
-  {{- range $role := list "prefill" "decode" "any" -}}
+  {{- range $role := list "encode" "prefill" "decode" "any" -}}
     {{- $own := dict -}}
     {{- range $name, $value := dig "roles" "limits" $role dict (omit $.root.Values.AsMap "kubernetes") -}}
       {{- if not (kindIs "invalid" $value) -}}{{- $_ := set $own $name $value -}}{{- $some = true -}}{{- end -}}
@@ -230,16 +230,22 @@ spec:
       persistentVolumeClaim:
         claimName: {{ . }}
     {{- end }}
-    {{- with $k.model.claim }}
-    - name: model
-      persistentVolumeClaim:
-        claimName: {{ . }}
-        readOnly: true
+    {{- with include "suite.modelVolume" $k.model }}
+    {{- . | nindent 4 }}
     {{- end }}
-    {{- with $k.model.image }}
-    - name: model
-      image:
-        reference: {{ . | quote }}
-        pullPolicy: IfNotPresent
-    {{- end }}
+{{- end -}}
+
+{{/* The volume with the checkpoint, where there is one. */}}
+{{- define "suite.modelVolume" -}}
+{{- if .claim -}}
+- name: model
+  persistentVolumeClaim:
+    claimName: {{ .claim }}
+    readOnly: true
+{{- else if .image -}}
+- name: model
+  image:
+    reference: {{ .image | quote }}
+    pullPolicy: IfNotPresent
+{{- end -}}
 {{- end -}}

@@ -19,8 +19,13 @@
 {{- if not (regexMatch "^[a-z]" .Release.Name) -}}
   {{- fail (printf "release name %s: names of Services begin with a letter" .Release.Name) -}}
 {{- end -}}
-{{- if and $k.controller.enabled (not (hasKey $v.pools "any")) -}}
-  {{- fail "kubernetes.controller: it switches instances of pools.any, and the fleet has none" -}}
+{{- if and (include "suite.controls" $) (not $counts.any) -}}
+  {{- fail "roles.control: pools.any has no instance whose role could change" -}}
+{{- end -}}
+{{- $start := dig "roles" "start" dict (omit $v.AsMap "kubernetes") -}}
+{{- $wanted := add (int (default 0 $start.encode)) (int (default 0 $start.prefill)) (int (default 0 $start.decode)) -}}
+{{- if gt (int $wanted) (int $counts.any) -}}
+  {{- fail (printf "roles.start: %d instances, and pools.any has %d" (int $wanted) (int $counts.any)) -}}
 {{- end -}}
 {{- if dig "router" "membership" "kubernetes" list (omit $v "kubernetes") -}}
   {{- fail "router.membership.kubernetes: the chart writes it where kubernetes.discovery is endpoints" -}}

@@ -117,11 +117,15 @@ CASES: dict[str, Object] = {
     ),
     "switching": fleet(
         pools={"any": {"replicas": 4, "env": {"PASSWORD": "hidden"}}, "decode": {"engine": {"max_num_seqs": 8}}},
-        roles={"start": {"prefill": 1, "decode": 3}, "limits": {"decode": {"max_num_batched_tokens": 512}}},
+        roles={
+            "control": True,
+            "start": {"prefill": 1, "decode": 3},
+            "limits": {"decode": {"max_num_batched_tokens": 512}},
+        },
         slo={"ttft": "1s"},
         router={"auth": {"api_keys": ["client"]}, "membership": {"poll_interval_s": 0.25}},
         kubernetes={
-            "controller": {"enabled": True, "labels": {"team": "a"}},
+            "controller": {"labels": {"team": "a"}},
             "gateway": {
                 "parents": [{"name": "public", "namespace": "edge", "section": "https"}],
                 "hostnames": ["llm.example.com"],

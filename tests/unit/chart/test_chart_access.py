@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chart_render import CASES, container, find, fleet, render
+from chart_render import CASES, container, find, render
 
 from vllm_suite.cli import roles as roles_cli
 from vllm_suite.fleet.files import parse_fleet
@@ -38,13 +38,7 @@ def test_roles_are_the_table() -> None:
     assert {found["kind"] for found in objects} & RBAC == {"Role", "RoleBinding"}
     router, controller = (find(objects, "Role", f"llm-{name}") for name in ("router", "controller"))
     assert granted(router) == verbs("router")
-    # No pool of this fleet is a LeaderWorkerSet.
-    assert granted(controller) == {right for right in verbs("controller") if right[0] != "leaderworkerset.x-k8s.io"}
-    over_nodes = fleet(
-        pools={"any": {"engine": {"tensor_parallel_size": 16}}}, kubernetes={"controller": {"enabled": True}}
-    )
-    rules = find(render(over_nodes), "Role", "llm-controller")["rules"]
-    assert {"leaderworkerset.x-k8s.io", "coordination.k8s.io"} == {rule["apiGroups"][0] for rule in rules}
+    assert granted(controller) == verbs("controller")
 
 
 def test_rights_are_for_named_objects() -> None:
@@ -53,10 +47,8 @@ def test_rights_are_for_named_objects() -> None:
     assert named == {
         ("leases", ("create",)): None,
         ("leases", ("get", "update")): ["llm-controller"],
-        # The pool `decode` has an autoscaler of its own.
-        ("deployments/scale", ("patch",)): ["llm-any"],
     }
-    assert {right.names for right in RIGHTS["controller"]} == {"", "lease", "pools"}
+    assert {right.names for right in RIGHTS["controller"]} == {"", "lease"}
 
 
 def test_bindings_join_role_and_account() -> None:
@@ -89,6 +81,7 @@ def test_the_controller_is_started_as_its_command_line_says() -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     roles_cli.add_arguments(parser)
     args = parser.parse_args(one["args"][1:])
+    assert args.lease == find(render(CASES["switching"]), "Role", "llm-controller")["rules"][1]["resourceNames"][0]
     assert (args.url, args.metrics_host, args.metrics_port) == ("http://llm-router:80", "0.0.0.0", 9101)
     assert {entry["name"] for entry in one["env"] if "valueFrom" in entry} == {"VLLM_SUITE_CONTROL_KEY"}
 

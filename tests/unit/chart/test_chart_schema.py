@@ -76,6 +76,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "duration without unit": (fleet(slo={"ttft": "300"}), "ttft"),
     "nothing decodes": (fleet(pools={"prefill": {}}), "decode or an any"),
     "encoders without epd": (fleet(pools={"encode": {}, "decode": {}}), "needs? plugin epd|need plugin epd"),
+    "a controller of nothing": (fleet(roles={"control": True}), "pools.any"),
+    "more roles than instances": (fleet(pools={"any": {}}, roles={"start": {"decode": 2}}), "roles.start"),
     "bad quantity": (fleet(kubernetes={"shm_size": "much"}), "shm_size"),
     "two model sources": (
         fleet(model="/models/a", kubernetes={"model": {"claim": "a", "image": "b"}}),
@@ -128,7 +130,6 @@ HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
         fleet(pools={"decode": {"engine": {"tensor_parallel_size": 4, "pipeline_parallel_size": 3}}}),
         "do not fill nodes",
     ),
-    "a controller of nothing": (fleet(kubernetes={"controller": {"enabled": True}}), "pools.any"),
     "hosts of no gateway": (fleet(kubernetes={"gateway": {"hostnames": ["a.example.com"]}}), "give parents"),
     "services by hand": (
         fleet(router={"membership": {"kubernetes": [{"service": "a", "port": 1}]}}),

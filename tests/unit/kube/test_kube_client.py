@@ -1,4 +1,4 @@
-"""The API client against an emulated API server, with lightkube as the other party that changes things."""
+"""The API client against an emulated API server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from kube_emulator import ApiServer
 
 from vllm_suite.kube.client import Kube, KubeError, NotInCluster
-from vllm_suite.kube.verbs import DEPLOYMENTS, LEADER_WORKER_SETS, LEASES, verbs
+from vllm_suite.kube.verbs import LEASES, verbs
+from vllm_suite.roles.lease import Lease
 
 
 @pytest.fixture
@@ -27,24 +28,25 @@ async def api() -> AsyncIterator[tuple[ApiServer, Kube]]:
         await kube.close()
 
 
-async def test_lease_and_scale_need_what_the_table_gives(api: tuple[ApiServer, Kube]) -> None:
-    """Every verb of the controller's rights is used here, and none besides."""
-    server, kube = api
-    with pytest.raises(KubeError) as missing:
-        await kube.get(LEASES, "llm-controller")
-    assert missing.value.status == 404
-    made = await kube.create(LEASES, {"metadata": {"name": "llm-controller"}, "spec": {"holderIdentity": "a"}})
-    mine = {**made, "spec": {"holderIdentity": "b"}}
-    assert (await kube.replace(LEASES, "llm-controller", mine))["spec"]["holderIdentity"] == "b"
+async def test_replace_refuses_what_somebody_changed_meanwhile(api: tuple[ApiServer, Kube]) -> None:
+    _, kube = api
+    made = await kube.create(LEASES, {"metadata": {"name": "a"}, "spec": {"holderIdentity": "1"}})
+    await kube.replace(LEASES, "a", {**made, "spec": {"holderIdentity": "2"}})
     with pytest.raises(KubeError) as old:
-        await kube.replace(LEASES, "llm-controller", {**made, "spec": {"holderIdentity": "c"}})
+        await kube.replace(LEASES, "a", {**made, "spec": {"holderIdentity": "3"}})
     assert old.value.status == 409
-    assert (await kube.get(LEASES, "llm-controller"))["spec"]["holderIdentity"] == "b"
-    for resource in (DEPLOYMENTS, LEADER_WORKER_SETS):
-        named = f"{resource.group}/{resource.version}/{resource.plural}"
-        server.objects[named, "prod", "llm-decode"] = {"metadata": {"name": "llm-decode"}, "spec": {"replicas": 1}}
-        await kube.patch(resource, "llm-decode", {"spec": {"replicas": 3}}, sub="scale")
-        assert server.objects[named, "prod", "llm-decode"]["spec"]["replicas"] == 3
+    assert (await kube.get(LEASES, "a"))["spec"]["holderIdentity"] == "2"
+
+
+async def test_a_controllers_lease_needs_what_the_table_gives(api: tuple[ApiServer, Kube]) -> None:
+    """From the first to the last call of its life, every right is used and no other."""
+    server, kube = api
+    now = [0.0]
+    lease = Lease(kube, "llm-controller", "one", clock=lambda: now[0])
+    assert await lease.hold() == "leader"
+    now[0] += 10
+    assert await lease.hold() == "leader"
+    await lease.release()
     assert server.asked() == verbs("controller")
 
 

@@ -38,7 +38,7 @@ FLEET = parse_fleet(
                 "ttft": {"p50": "100ms", "p99": "200ms", "p99_high": "300ms"},
                 "tpot": {"p50": "10ms", "p99": "20ms"},
             },
-            "kubernetes": {"controller": {"enabled": True}},
+            "roles": {"control": True},
         }
     )
 )
