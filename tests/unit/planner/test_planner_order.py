@@ -172,6 +172,7 @@ def test_room_is_that_of_what_was_expected_at_arrival_and_of_what_remains_later(
     order = taught(LengthOrder(headroom_tokens=1000, headroom_share=0.5), x=100)
     job = Job(0, 10.0, 10, 100, label="x")
     order.push(job, 10.0)
+    assert order.pop(10.0) is job
     expected = order.lengths.remaining(("class:x",), 0, 1 << 16)
     assert expected == pytest.approx(100, rel=0.2)
     for number in range(400):
@@ -187,6 +188,25 @@ def test_room_is_that_of_what_was_expected_at_arrival_and_of_what_remains_later(
     order.stopped(job)
     assert order.headroom == 0
     assert not order._expected
+
+
+@pytest.mark.parametrize(("victims", "loser"), [(True, 0), (False, 1)])
+def test_who_has_most_to_come_for_what_is_lost_gives_way(victims: bool, loser: int) -> None:
+    # Both have 33 tokens after the first one; the cache has six blocks, and a seventh is needed at 49.
+    order = taught(LengthOrder(headroom_tokens=0, victims=victims), long=1000, short=40)
+    jobs = [Job(0, 10.0, 32, 40, label="long"), Job(1, 10.0, 32, 40, label="short")]
+    simulate(jobs, ExactSource(), Limits(6), lambda job, now: None, queue=lambda: order)
+    assert [job.preemptions for job in jobs] == [int(job.number == loser) for job in jobs]
+
+
+def test_who_gave_way_too_often_does_so_last() -> None:
+    order = taught(LengthOrder(max_evictions=2), long=1000, short=40)
+    long, short = Job(0, 0.0, 32, 500, label="long"), Job(1, 0.0, 32, 40, label="short")
+    assert order.standing(long, 10) > order.standing(short, 10)
+    long.preemptions = 2
+    assert order.standing(long, 30) < order.standing(short, 30)
+    # Its score holds for 16 tokens.
+    assert order.standing(long, 45)[1] == order.standing(long, 30)[1] != order.standing(long, 46)[1]
 
 
 def test_headroom_saves_preemptions() -> None:

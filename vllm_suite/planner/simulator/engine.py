@@ -85,7 +85,7 @@ class Engine(Outlet):
             )
         self._inside += 1
         self.waiting.push(job, now)
-        if self._idle or self.waiting.peek(now) is job:
+        if self._idle or self._learner is not None or self.waiting.peek(now) is job:
             self._awake(now)
 
     def release(self, blocks: int, now: float, job: Job | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_suite.planner.plan import PoolPlan
 from vllm_suite.planner.simulator.engine import Engine
-from vllm_suite.planner.simulator.jobs import FirstCome, Job, Learner, Reserving, WaitingQueue
+from vllm_suite.planner.simulator.jobs import Choosing, FirstCome, Job, Learner, Reserving, WaitingQueue
 from vllm_suite.planner.simulator.step_sources import OwnEncoder
 from vllm_suite.planner.workload import Item
 
@@ -173,6 +173,7 @@ class Receiving(Hosted):
         super().__init__(*args, waiting=self.line, **more)
         inner = self.line.inner
         self._reserving = inner if isinstance(inner, Reserving) else None
+        self._choosing = inner if isinstance(inner, Choosing) and inner.chooses else None
 
     def pulled(self, leg: Leg, now: float) -> None:
         """A pull ended."""

@@ -151,6 +151,21 @@ class Reserving(Protocol):
         ...
 
 
+@runtime_checkable
+class Choosing(Protocol):
+    """A waiting queue that also says who of the running gives way where blocks run out.
+
+    Attributes:
+        chooses: False where it is the one that was admitted last.
+    """
+
+    chooses: bool
+
+    def standing(self, job: Job, generated: int) -> tuple[bool, float]:
+        """The place of a running job with so many tokens; the highest gives way."""
+        ...
+
+
 class FirstCome:
     """First come, first served: vLLM's default. A preempted job goes to the front."""
 

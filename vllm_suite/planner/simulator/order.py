@@ -2,8 +2,9 @@
 
 ``key = arrival + offset(S)``, the smallest first, with ``S`` the expected output and the prompt at a weight; see
 docs/length-aware-scheduling.md. Lengths are learned online from the jobs that end, by label and length of the prompt. A
-key is fixed when a job arrives and falls as more is learned. An admission leaves headroom for those that run. The
-plugin's groups, caps, victims and gate are not simulated, nor is a kappa that adapts.
+key is fixed when a job arrives and falls as more is learned. An admission leaves headroom for those that run. Where
+blocks run out, the one with most tokens to come for each to be computed again gives way. The plugin's groups, caps and
+gate are not simulated, nor is a kappa that adapts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _WINDOW, _EVERY, _QUANTILE = 256, 16, 0.95
 _STEEPNESS, _MOST = 0.5, 2.0
 # Tokens of headroom for a running job of which nothing is known.
 _UNKNOWN_ROOM = 16
+# Generated tokens after which a running job's standing is looked at anew.
+_STEP = 16
 
 
 class LengthOrder:
@@ -38,6 +41,8 @@ class LengthOrder:
         max_tokens: that an answer may have.
         headroom_tokens, headroom_share: an admission leaves so much of the cache free for each running job: the share
             of the tokens that it is expected to generate, at most so many; 16 where nothing is known.
+        victims: whether it says who gives way, else the one that was admitted last does.
+        max_evictions: after so many a job gives way only where nobody else is left.
         lengths: what is known; each engine of vLLM learns by itself.
 
     Raises:
@@ -55,6 +60,8 @@ class LengthOrder:
         max_tokens: int = 1 << 16,
         headroom_tokens: int = 64,
         headroom_share: float = 0.1,
+        victims: bool = True,
+        max_evictions: int = 3,
         lengths: OnlineLengths | None = None,
     ) -> None:
         numbers = (kappa, strength, max_boost_s, prefill_weight, headroom_tokens, headroom_share)
@@ -66,6 +73,9 @@ class LengthOrder:
         self.lengths = OnlineLengths() if lengths is None else lengths
         # See `Reserving`: what all running jobs have, each of them, and what was expected of a job when it arrived.
         self.headroom = 0
+        # See `Choosing`: standings by job, with the tokens that they were made at.
+        self.chooses, self.max_evictions = victims, max_evictions
+        self._standings: dict[int, tuple[int, float]] = {}
         self._rooms: dict[int, int] = {}
         self._expected: dict[int, float] = {}
         # (key, number of arrival, job)
@@ -73,16 +83,35 @@ class LengthOrder:
         self._sequence = self._count = 0
         self._known: dict[int, tuple[float, int]] = {}
         self._learned, self._relearned = 0, 0.0
+        # Those that arrived since the last step; and what jobs without tokens expect, as was worked out not long ago.
+        self._fresh: list[tuple[int, Job]] = []
+        self._alike: dict[tuple[str, ...], float | None] = {}
+        self._alike_learned, self._alike_since = 0, 0.0
         self._scale = self._mean = 0.0
         self._sizes: deque[float] = deque(maxlen=_WINDOW)
         self._latencies: deque[float] = deque(maxlen=_WINDOW)
         self._came = self._ended = 0
 
     def push(self, job: Job, now: float) -> None:
-        """See `WaitingQueue`."""
+        """See `WaitingQueue`. Its place is found with the next step, as an engine looks at arrivals between steps."""
         self._sequence += 1
-        key, size = self._place(job, {})
-        self._known[job.number] = key, self._sequence
+        self._count += 1
+        self._fresh.append((self._sequence, job))
+
+    def _settle(self, now: float) -> None:
+        """Place those that arrived, then look at all anew where it is time."""
+        if self._alike_learned and (self._alike_learned >= _RELEARN_EVERY or now - self._alike_since >= _RELEARN_S):
+            self._alike.clear()
+            self._alike_learned, self._alike_since = 0, now
+        fresh, self._fresh = self._fresh, []
+        for sequence, job in fresh:
+            self._arrived(sequence, job)
+        if self._learned and self._due(now):
+            self._relearn(now)
+
+    def _arrived(self, sequence: int, job: Job) -> None:
+        key, size = self._place(job, self._alike)
+        self._known[job.number] = key, sequence
         if size > 0 and self.headroom_tokens:
             self._expected[job.number] = size - self._own(job)
         if size > 0:
@@ -90,22 +119,26 @@ class LengthOrder:
             self._came += 1
             if self._came % _EVERY == 0:
                 self._mean = sum(self._sizes) / len(self._sizes)
-        self._insert(job)
+        heappush(self._heap, (key, sequence, job))
 
     def push_back(self, job: Job, now: float) -> None:
         """See `WaitingQueue`. It goes to its own place."""
         key, number = self._known[job.number]
-        self._known[job.number] = min(key, self._place(job, {})[0]), number
-        self._insert(job)
+        key = min(key, self._place(job, self._alike)[0])
+        self._known[job.number] = key, number
+        heappush(self._heap, (key, number, job))
+        self._count += 1
 
     def peek(self, now: float) -> Job:
         """See `WaitingQueue`."""
-        if self._learned and self._due(now):
-            self._relearn(now)
+        if self._fresh or self._learned:
+            self._settle(now)
         return self._heap[0][2]
 
     def pop(self, now: float) -> Job:
         """See `WaitingQueue`."""
+        if self._fresh:
+            self._settle(now)
         job = heappop(self._heap)[2]
         self._count -= 1
         return job
@@ -115,6 +148,7 @@ class LengthOrder:
         self.forget(job)
         self.lengths.observe(_keys(job), job.output, now=now)
         self._learned += 1
+        self._alike_learned += 1
         self._latencies.append(now - job.arrival)
         self._ended += 1
         if self._ended % _EVERY == 0:
@@ -125,6 +159,7 @@ class LengthOrder:
         """See `Keeper`."""
         self._known.pop(job.number, None)
         self._expected.pop(job.number, None)
+        self._standings.pop(job.number, None)
 
     def admitted(self, job: Job) -> None:
         """See `Reserving`."""
@@ -144,13 +179,18 @@ class LengthOrder:
         """See `Reserving`."""
         self.headroom -= self._rooms.pop(job.number, 0)
 
+    def standing(self, job: Job, generated: int) -> tuple[bool, float]:
+        """See `Choosing`."""
+        at, score = self._standings.get(job.number, (-_STEP, 0.0))
+        if not 0 <= generated - at < _STEP:
+            rest = self.lengths.remaining(_keys(job), generated, self.max_tokens)
+            # Where nothing is known, who loses least.
+            score = (1.0 if rest is None else rest) / (job.prompt - job.found + generated + 1)
+            self._standings[job.number] = generated, score
+        return job.preemptions < self.max_evictions, score
+
     def __len__(self) -> int:
         return self._count
-
-    def _insert(self, job: Job) -> None:
-        key, number = self._known[job.number]
-        heappush(self._heap, (key, number, job))
-        self._count += 1
 
     def _place(self, job: Job, alike: dict[tuple[str, ...], float | None]) -> tuple[float, float]:
         """The key that a job would have by what is known now, and its size; 0 where nothing is known."""
@@ -184,10 +224,10 @@ class LengthOrder:
     def _relearn(self, now: float) -> None:
         """Look at all that wait anew. Keys only fall."""
         self._learned, self._relearned = 0, now
-        alike: dict[tuple[str, ...], float | None] = {}
+        self._alike.clear()
         heap = []
         for _, number, job in self._heap:
-            key = min(self._known[job.number][0], self._place(job, alike)[0])
+            key = min(self._known[job.number][0], self._place(job, self._alike)[0])
             self._known[job.number] = key, number
             heap.append((key, number, job))
         heapify(heap)

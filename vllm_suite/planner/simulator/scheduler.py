@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_suite.planner.simulator.decoding import Decoding
-from vllm_suite.planner.simulator.jobs import FirstCome, Job, Reserving, WaitingQueue
+from vllm_suite.planner.simulator.jobs import Choosing, FirstCome, Job, Reserving, WaitingQueue
 from vllm_suite.planner.simulator.limits import Limits
 from vllm_suite.planner.simulator.prefix import PrefixCache
 
 _NOBODY: tuple[tuple[Job, ...], tuple[Job, ...]] = ((), ())
+
+
+def _choosing(queue: WaitingQueue) -> Choosing | None:
+    return queue if isinstance(queue, Choosing) and queue.chooses else None
 
 
 class SimulatedScheduler:
@@ -43,6 +47,7 @@ class SimulatedScheduler:
         # Who says how much an admission leaves free, and blocks that those of this step do.
         reserving = self.waiting if isinstance(self.waiting, Reserving) and not prefill_only else None
         self._reserving: Reserving | None = reserving
+        self._choosing: Choosing | None = _choosing(self.waiting) if not prefill_only else None
         # Whether jobs may have to wait in the middle of their prompts; see `Overlapping`.
         self._gated = False
         self._spare = 0
@@ -58,7 +63,11 @@ class SimulatedScheduler:
     def _decide(self, now: float) -> bool:
         """Choose `_chunks` to go beside the jobs of `decoding`; whether a job was preempted."""
         limits, decoding = self.limits, self.decoding
+        if self._choosing is not None and len(self.running) > 1 and self._short():
+            self._arrange(self._choosing)
         preempted = decoding.needed() > self.free and self._preempt(now)
+        if self._choosing is not None and self._partial is not None:
+            preempted |= self._make_room(now)
         # Blocks that the decoding jobs take in this step are theirs before anybody else's.
         needed = decoding.needed()
         available = self.free - needed
@@ -194,6 +203,37 @@ class SimulatedScheduler:
                     return True
             free -= 1
         return True
+
+    def _short(self) -> bool:
+        """Whether blocks may run out in this step, as vllm_suite/compat/length_scheduler.py has it."""
+        worst, partial = len(self.running), self._partial is not None
+        if partial:
+            worst += self.limits.max_num_batched_tokens // self.limits.block_size
+        return self.free < worst and (partial or self.free < self.decoding.needed())
+
+    def _arrange(self, choosing: Choosing) -> None:
+        """Put those that are to give way at the end of the running."""
+
+        def place(job: Job) -> tuple[bool, float]:
+            if job.finish < 0:
+                return choosing.standing(job, job.generated)
+            cohort = job.cohort
+            assert cohort is not None
+            # Tokens under way are not known yet.
+            return choosing.standing(job, job.output - cohort.remaining(job) - cohort.flying)
+
+        self.running = {job.number: job for job in sorted(self.running.values(), key=place)}
+
+    def _make_room(self, now: float) -> bool:
+        """The last ones give way until the prompt under way has its blocks, or does so itself; whether any did."""
+        limits, decoding, preempted = self.limits, self.decoding, False
+        while (job := self._partial) is not None:
+            tokens = min(limits.max_num_batched_tokens - decoding.count, job.target - job.done)
+            if -(-(job.done + tokens) // limits.block_size) - job.held <= self.free - decoding.needed():
+                break
+            self._evict(next(reversed(self.running.values())), now)
+            preempted = True
+        return preempted
 
     def _evict(self, job: Job, now: float) -> int:
         """Take a running job's cache away and send it to the queue; how many blocks that freed."""
