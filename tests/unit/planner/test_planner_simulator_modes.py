@@ -220,8 +220,19 @@ def test_ranks_in_lockstep_take_the_slowest_ones_time() -> None:
     # 2 s and 11 s of prompts together, then two steps of the first alone.
     assert [(job.first_token, job.last_token) for job in jobs] == [(11.0, 13.0), (11.0, 11.0)]
     assert (group.steps, group.busy) == (3, 13.0)
-    with pytest.raises(SimulationError, match="pipeline stages"):
-        Engine(clock, Staged(2), Limits(100), lambda job, now: None, lockstep=group)
+
+
+def test_batches_of_ranks_hold_a_stage_as_long_as_the_slowest() -> None:
+    clock, jobs = Clock(), [Job(0, 0.0, 8, 3), Job(1, 0.0, 80, 1)]
+    group, source = Lockstep(clock), Staged(2)
+    ranks = [
+        Engine(clock, source, Limits(100, 4, 4, 80), lambda job, now: None, number=n, lockstep=group) for n in (0, 1)
+    ]
+    clock.feed(jobs, lambda job, now: ranks[job.number].accept(job, now))
+    clock.run()
+    # Prompts as above, in two stages one after the other; then the first alone, with contexts of 9 and 10 keys.
+    assert [job.first_token for job in jobs] == [11.0, 11.0]
+    assert [job.last_token for job in jobs] == [13.0 + 19 / 1024, 11.0]
 
 
 @st.composite
