@@ -21,6 +21,7 @@ VERBS = (
     "demo-epd",
     "up",
     "status",
+    "top",
     "roles",
     "router",
     "swiftkv",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from collector import Collector, collecting
+from otlp_collector import Collector, collecting
 
 from vllm_suite.fleet.launch import plan_instances, plan_router, router_config
 from vllm_suite.fleet.spec import FleetSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,15 +33,25 @@ class PullRates:
         now, totals = self._clock(), self._totals()
         at, before = self._looks[0] if self._looks else (now, {})
         seconds = now - at
-        pairs = [self._pair(key, found, before, seconds) for key, found in totals.items()]
-        pairs.sort(key=lambda pair: (-(pair.bytes_per_s or 0.0), -pair.bytes_total, pair.source, pair.target))
+        moved = {"kv": 0.0, "ec": 0.0}
+        pulls = 0.0
+        order: list[tuple[float, float, _Key]] = []
+        for key, found in totals.items():
+            # A pair that was not there at the look before has begun since: instances tell totals from 0 on.
+            old = before.get(key)
+            size = found.bytes - old.bytes if old is not None else found.bytes
+            moved[found.kind] += max(0.0, size)
+            if found.pulls is not None and found.kind == "kv":
+                pulls += max(0.0, found.pulls - ((old.pulls or 0.0) if old is not None else 0.0))
+            order.append((size, found.bytes, key))
+        busiest = heapq.nlargest(MAX_PAIRS, order)
         known = seconds > 0
         return Transfers(
-            kv_bytes_per_s=sum(p.bytes_per_s or 0.0 for p in pairs if p.kind == "kv") if known else None,
-            ec_bytes_per_s=sum(p.bytes_per_s or 0.0 for p in pairs if p.kind == "ec") if known else None,
-            kv_pulls_per_s=sum(p.pulls_per_s or 0.0 for p in pairs if p.kind == "kv") if known else None,
-            pairs=pairs[:MAX_PAIRS],
-            left_out=max(0, len(pairs) - MAX_PAIRS),
+            kv_bytes_per_s=moved["kv"] / seconds if known else None,
+            ec_bytes_per_s=moved["ec"] / seconds if known else None,
+            kv_pulls_per_s=pulls / seconds if known else None,
+            pairs=[self._pair(key, totals[key], before, seconds) for _, _, key in busiest],
+            left_out=max(0, len(order) - MAX_PAIRS),
         )
 
     def _totals(self) -> dict[_Key, Pulled]:
@@ -53,7 +64,6 @@ class PullRates:
     @staticmethod
     def _pair(key: _Key, found: Pulled, before: dict[_Key, Pulled], seconds: float) -> Pair:
         _, source, target, _ = key
-        # A pair that was not there at the look before has begun since: instances tell totals from 0 on.
         old = before.get(key, Pulled(found.kind, source, 0.0, 0.0))
         known = seconds > 0
         return Pair(
