@@ -1,7 +1,7 @@
-"""The Kubernetes API as a pod sees it: get, list, watch, create and replace of objects in one namespace.
+"""The Kubernetes API as a pod sees it: get, list, watch, create, replace and patch of objects in one namespace.
 
 Over aiohttp, which the suite has anyway: the container holds the wheel and what that needs, so a client library with
-the models of every kind would be installed for five calls. Every call has a deadline.
+the models of every kind would be installed for six calls. Every call has a deadline.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ class Kube:
         """The verb `update`. Status 409 where the resourceVersion in `body` is not the current one."""
         return await self._call("PUT", self._path(resource, name), body)
 
+    async def patch(self, resource: Resource, name: str, body: dict[str, Any], sub: str = "") -> dict[str, Any]:
+        """A merge patch of the object or of its subresource."""
+        path = self._path(resource, name) + (f"/{sub}" if sub else "")
+        return await self._call("PATCH", path, body, content="application/merge-patch+json")
+
     async def watch(
         self, resource: Resource, selector: str, version: str, seconds: int
     ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -147,12 +152,13 @@ class Kube:
         path: str,
         body: dict[str, Any] | None = None,
         params: dict[str, str] | None = None,
+        content: str = "application/json",
     ) -> dict[str, Any]:
         import aiohttp
         import msgspec
 
         what = f"{method} {path}"
-        headers = self._headers() | ({"Content-Type": "application/json"} if body is not None else {})
+        headers = self._headers() | ({"Content-Type": content} if body is not None else {})
         try:
             async with (
                 asyncio.timeout(_TIMEOUT_S),

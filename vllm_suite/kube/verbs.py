@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 Component = Literal["router", "controller"]
-Names = Literal["", "lease"]
+Names = Literal["", "lease", "any"]
 
 
 class Resource(NamedTuple):
@@ -22,17 +22,21 @@ class Resource(NamedTuple):
 
 SLICES = Resource("discovery.k8s.io", "v1", "endpointslices")
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
+DEPLOYMENTS = Resource("apps", "v1", "deployments")
+LEADER_WORKER_SETS = Resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 
 
 class Right(NamedTuple):
     """Verbs on a resource, all within the release's namespace.
 
-    `names` limits them: `lease` to the controller's Lease. `create` cannot be limited: its object has no name yet.
+    `names` limits them: `lease` to the controller's Lease, `any` to the workload of `pools.any`.
+    `create` cannot be limited, since its object has no name yet.
     """
 
     resource: Resource
     verbs: tuple[str, ...]
     names: Names = ""
+    sub: str = ""
 
 
 RIGHTS: dict[Component, tuple[Right, ...]] = {
@@ -41,13 +45,20 @@ RIGHTS: dict[Component, tuple[Right, ...]] = {
     "controller": (
         Right(LEASES, ("create",)),
         Right(LEASES, ("get", "update"), "lease"),
+        # Only with roles.scale, and of the two the one that pools.any is.
+        Right(DEPLOYMENTS, ("patch",), "any", "scale"),
+        Right(LEADER_WORKER_SETS, ("patch",), "any", "scale"),
     ),
 }
 
 
 def verbs(component: Component) -> set[tuple[str, str, str]]:
-    """The table of one component as (API group, resource, verb)."""
-    return {(right.resource.group, right.resource.plural, verb) for right in RIGHTS[component] for verb in right.verbs}
+    """The table of one component as (API group, resource with its subresource, verb)."""
+    return {
+        (right.resource.group, right.resource.plural + (f"/{right.sub}" if right.sub else ""), verb)
+        for right in RIGHTS[component]
+        for verb in right.verbs
+    }
 
 
 def chart_rights() -> dict[str, list[dict[str, Any]]]:
@@ -56,7 +67,7 @@ def chart_rights() -> dict[str, list[dict[str, Any]]]:
         component: [
             {
                 "group": right.resource.group,
-                "resource": right.resource.plural,
+                "resource": right.resource.plural + (f"/{right.sub}" if right.sub else ""),
                 "verbs": list(right.verbs),
                 "names": right.names,
             }

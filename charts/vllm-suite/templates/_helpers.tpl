@@ -148,16 +148,30 @@ capabilities:
 {{- mulf (float64 (regexFind "^[0-9.]+" (trim .))) (get $units (regexFind "[a-z]+$" (lower (trim .)))) -}}
 {{- end -}}
 
+{{/* The workload of pools.any whose size the controller sets, as its command line names it; empty without roles.scale. */}}
+{{- define "suite.scaled" -}}
+{{- if dig "roles" "scale" dict (omit .Values.AsMap "kubernetes") -}}
+  {{- $name := printf "%s-any" .Release.Name -}}
+  {{- range $one := include "suite.roles" . | fromJsonArray -}}
+    {{- if eq $one.role "any" -}}{{- printf "%s/%s" (ternary "deployment" "lws" (eq (int $one.nodes) 1)) $name -}}{{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Rules of a Role, from the table that vllm_suite/kube/verbs.py is. */}}
 {{- define "suite.rules" -}}
 {{- $root := .root -}}
+{{- $scaled := include "suite.scaled" $root -}}
+{{- $kind := ternary "deployments/scale" "leaderworkersets/scale" (hasPrefix "deployment/" $scaled) -}}
 {{- $rules := list -}}
 {{- range $right := get ($root.Files.Get "files/rbac.yaml" | fromYaml) .component -}}
   {{- $rule := dict "apiGroups" (list $right.group) "resources" (list $right.resource) "verbs" $right.verbs -}}
   {{- if eq $right.names "lease" -}}
     {{- $_ := set $rule "resourceNames" (list (printf "%s-controller" $root.Release.Name)) -}}
+  {{- else if eq $right.names "any" -}}
+    {{- $_ := set $rule "resourceNames" (list (printf "%s-any" $root.Release.Name)) -}}
   {{- end -}}
-  {{- $rules = append $rules $rule -}}
+  {{- if or (ne $right.names "any") (and $scaled (eq $right.resource $kind)) -}}{{- $rules = append $rules $rule -}}{{- end -}}
 {{- end -}}
 {{ toYaml $rules }}
 {{- end -}}

@@ -22,6 +22,9 @@
 {{- if and (include "suite.controls" $) (not $counts.any) -}}
   {{- fail "roles.control: pools.any has no instance whose role could change" -}}
 {{- end -}}
+{{- if and (dig "roles" "scale" dict (omit $v.AsMap "kubernetes")) (dig "pools" "any" "autoscaling" dict $k) -}}
+  {{- fail "roles.scale and kubernetes.pools.any.autoscaling would both set the size of the pool; give one" -}}
+{{- end -}}
 {{- $start := dig "roles" "start" dict (omit $v.AsMap "kubernetes") -}}
 {{- $wanted := add (int (default 0 $start.encode)) (int (default 0 $start.prefill)) (int (default 0 $start.decode)) -}}
 {{- if gt (int $wanted) (int $counts.any) -}}

@@ -121,6 +121,7 @@ CASES: dict[str, Object] = {
             "control": True,
             "start": {"prefill": 1, "decode": 3},
             "limits": {"decode": {"max_num_batched_tokens": 512}},
+            "scale": {"gpus": 8},
         },
         slo={"ttft": "1s"},
         router={"auth": {"api_keys": ["client"]}, "membership": {"poll_interval_s": 0.25}},

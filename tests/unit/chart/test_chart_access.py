@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chart_render import CASES, container, find, render
+from chart_render import CASES, container, find, fleet, render
 
 from vllm_suite.cli import roles as roles_cli
 from vllm_suite.fleet.files import parse_fleet
@@ -38,7 +38,17 @@ def test_roles_are_the_table() -> None:
     assert {found["kind"] for found in objects} & RBAC == {"Role", "RoleBinding"}
     router, controller = (find(objects, "Role", f"llm-{name}") for name in ("router", "controller"))
     assert granted(router) == verbs("router")
-    assert granted(controller) == verbs("controller")
+    # Of the two kinds of workloads the one that pools.any is here.
+    assert granted(controller) == {right for right in verbs("controller") if right[0] != "leaderworkerset.x-k8s.io"}
+    large = {"any": {"engine": {"tensor_parallel_size": 16}}}
+    objects = render(fleet(pools=large, roles={"control": True, "scale": {"gpus": 64}}))
+    assert granted(find(objects, "Role", "llm-controller")) == {
+        right for right in verbs("controller") if right[0] != "apps"
+    }
+    assert "--scale=lws/llm-any" in container(find(objects, "Deployment", "llm-controller"))["args"]
+    # Without roles.scale no right to scale.
+    objects = render(fleet(pools=large, roles={"control": True}))
+    assert {one[1] for one in granted(find(objects, "Role", "llm-controller"))} == {"leases"}
 
 
 def test_rights_are_for_named_objects() -> None:
@@ -47,8 +57,9 @@ def test_rights_are_for_named_objects() -> None:
     assert named == {
         ("leases", ("create",)): None,
         ("leases", ("get", "update")): ["llm-controller"],
+        ("deployments/scale", ("patch",)): ["llm-any"],
     }
-    assert {right.names for right in RIGHTS["controller"]} == {"", "lease"}
+    assert {right.names for right in RIGHTS["controller"]} == {"", "lease", "any"}
 
 
 def test_bindings_join_role_and_account() -> None:
@@ -81,6 +92,7 @@ def test_the_controller_is_started_as_its_command_line_says() -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     roles_cli.add_arguments(parser)
     args = parser.parse_args(one["args"][1:])
+    assert args.scale == "deployment/llm-any"
     assert args.lease == find(render(CASES["switching"]), "Role", "llm-controller")["rules"][1]["resourceNames"][0]
     assert (args.url, args.metrics_host, args.metrics_port) == ("http://llm-router:80", "0.0.0.0", 9101)
     assert {entry["name"] for entry in one["env"] if "valueFrom" in entry} == {"VLLM_SUITE_CONTROL_KEY"}

@@ -130,6 +130,16 @@ HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
         fleet(pools={"decode": {"engine": {"tensor_parallel_size": 4, "pipeline_parallel_size": 3}}}),
         "do not fill nodes",
     ),
+    "two that scale": (
+        fleet(
+            pools={"any": {}},
+            roles={"scale": {"gpus": 8}},
+            kubernetes={
+                "pools": {"any": {"autoscaling": {"kind": "hpa", "max_replicas": 2, "tokens_per_instance": 1}}}
+            },
+        ),
+        "would both set the size",
+    ),
     "hosts of no gateway": (fleet(kubernetes={"gateway": {"hostnames": ["a.example.com"]}}), "give parents"),
     "services by hand": (
         fleet(router={"membership": {"kubernetes": [{"service": "a", "port": 1}]}}),

@@ -10,8 +10,9 @@ import pytest
 from kube_emulator import ApiServer
 
 from vllm_suite.kube.client import Kube, KubeError, NotInCluster
-from vllm_suite.kube.verbs import LEASES, verbs
+from vllm_suite.kube.verbs import DEPLOYMENTS, LEADER_WORKER_SETS, LEASES, verbs
 from vllm_suite.roles.lease import Lease
+from vllm_suite.roles.scale import Target, Workload
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ async def test_replace_refuses_what_somebody_changed_meanwhile(api: tuple[ApiSer
     assert (await kube.get(LEASES, "a"))["spec"]["holderIdentity"] == "2"
 
 
-async def test_a_controllers_lease_needs_what_the_table_gives(api: tuple[ApiServer, Kube]) -> None:
+async def test_a_controller_needs_what_the_table_gives(api: tuple[ApiServer, Kube]) -> None:
     """From the first to the last call of its life, every right is used and no other."""
     server, kube = api
     now = [0.0]
@@ -47,6 +48,11 @@ async def test_a_controllers_lease_needs_what_the_table_gives(api: tuple[ApiServ
     now[0] += 10
     assert await lease.hold() == "leader"
     await lease.release()
+    for resource, kind in ((DEPLOYMENTS, "deployment"), (LEADER_WORKER_SETS, "lws")):
+        there = server.objects
+        there["/".join(resource), "prod", "llm-any"] = {"metadata": {"name": "llm-any"}, "spec": {"replicas": 2}}
+        assert await Workload(kube, Target.parse(f"{kind}/llm-any")).add(1, 2, 1, 4) == "scaled"
+        assert there["/".join(resource), "prod", "llm-any"]["spec"]["replicas"] == 3
     assert server.asked() == verbs("controller")
 
 
