@@ -113,6 +113,7 @@ _TABLE = (
         summary="prefill and decode on different instances, KV cache handed over by NIXL",
         landed=True,
         kv_connectors=(LazyClass("SuiteNixlConnector", "vllm_disagg.connector"),),
+        exporter=LazyClass("DisaggExporter", "vllm_disagg.exporter"),
     ),
     PluginInfo(
         name="epd",

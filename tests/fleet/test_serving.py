@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from typing import Any
 
 import aiohttp
@@ -154,3 +156,48 @@ async def test_large_bodies_are_refused_before_they_are_read(fleet: Fleet) -> No
         return  # closed while sending
     assert answer.status == 413
     assert answer.json["error"]["code"] == 413
+
+
+async def pod(*words: str) -> tuple[int, str]:
+    """What Kubernetes runs in a pod of the chart, here beside a fleet of `up`: exit status and what it said."""
+    keys = {"VLLM_SUITE_API_KEY": KEY, "VLLM_SUITE_CONTROL_KEY": CONTROL_KEY, "VLLM_API_KEY": ENGINE_KEY}
+    made = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "vllm_suite.fleet.pod", "--timeout=30", *words,
+        env={**os.environ, **keys}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    async with asyncio.timeout(90):
+        said, _ = await made.communicate()
+    assert made.returncode is not None
+    return made.returncode, said.decode()
+
+
+async def state(fleet: Fleet, role: str) -> dict[str, Any]:
+    return (await fleet.get(role, "/suite/v1/state", CONTROL_KEY)).json
+
+
+async def test_probes_and_the_charts_test_on_real_engines(fleet: Fleet) -> None:
+    prefill, decode, router = (fleet.url(name) for name in ("prefill", "decode", "router"))
+    for role, url in (("prefill", prefill), ("decode", decode)):
+        asked = ("ready", f"--url={url}", "--connector=SuiteNixlConnector")
+        assert await pod(*asked, f"--role={role}") == (0, "ready\n")
+        status, said = await pod(*asked, "--role=encode")
+        assert (status, f"its role is '{role}'" in said) == (1, True)
+    # Routers pair instances by this.
+    kv = [(await state(fleet, role))["kv"] for role in ("prefill", "decode")]
+    assert kv[0] == kv[1]
+    assert (await pod("router-ready", f"--url={router}"))[0] == 0
+    status, said = await pod("check", f"--router={router}", f"--decode={decode}", "--prompt-tokens=100")
+    assert status == 0, said
+    assert said.startswith("disaggregated: ")
+    assert "1 pulls, 0 recoveries" in said
+
+
+async def test_drain_waits_for_what_runs(fleet: Fleet) -> None:
+    running = asyncio.create_task(fleet.post(request(prompt(40, 7), 400), "decode"))
+    while (await state(fleet, "decode"))["load"]["running"] == 0:
+        assert not running.done()
+        await asyncio.sleep(0.02)
+    status, said = await pod("drain", f"--url={fleet.url('decode')}", "--settle=0.1", "--finish=80")
+    assert (status, said) == (0, "drained\n")
+    assert running.done()
+    assert len(running.result().tokens) == 400

@@ -30,7 +30,7 @@ _BAND = (one_of("quantile", "0.5", "0.99"), one_of("bound", "low", "middle", "hi
 _MODALITY = one_of("modality", "image", "video", "audio")
 _WHOLE = (
     "prefill", "disabled", "short", "no_prefill", "cached", "unparsed", "malformed", "prompt_embeds", "batch",
-    "several_sequences", "beam_search", "prompt_output", "output_limit", "reference_given",
+    "several_sequences", "beam_search", "prompt_output", "output_limit", "reference_given", "other_version",
 )  # fmt: skip
 _EVENTS = (
     "admitted", "discovery_failed", "duplicate", "forgotten", "refused", "restarted", "suspect", "switched",

@@ -12,6 +12,7 @@ from vllm_suite.router.prompt import CHUNK_BYTES_PER_TOKEN
 DECODE_ROLES = frozenset({"decode", "any"})
 _PREFILL_ROLES = frozenset({"prefill"})
 _ANY_ROLE = frozenset({"any"})
+_SAME = ("vllm", "kv_connector", "kv")
 
 
 def whole_reason(job: Job, decode: Member, pool: Pool, settings: Disaggregation) -> str | None:
@@ -27,7 +28,7 @@ def whole_reason(job: Job, decode: Member, pool: Pool, settings: Disaggregation)
     if job.tokens < settings.min_prompt_tokens:
         return "short"
     if not prefill_members(pool, job, decode, frozenset()):
-        return "no_prefill"
+        return "other_version" if _candidates(pool, job, decode, frozenset()) else "no_prefill"
     if job.hashes is None:
         job.hashes = prompt.chunk_hashes(settings.chunk_tokens)
     if job.hashes:
@@ -42,7 +43,22 @@ def whole_reason(job: Job, decode: Member, pool: Pool, settings: Disaggregation)
 
 
 def prefill_members(pool: Pool, job: Job, decode: Member, excluded: AbstractSet[Member]) -> list[Member]:
-    """Members that may prefill for `decode`: dedicated ones, or `any` ones for a dedicated decode."""
+    """Members that may prefill for `decode`: dedicated ones, or `any` ones for a dedicated decode.
+
+    Of those, the ones whose KV blocks `decode` can take: while an upgrade goes on, versions are kept apart.
+    """
+    return [one for one in _candidates(pool, job, decode, excluded) if pairs(one, decode)]
+
+
+def pairs(one: Member, other: Member) -> bool:
+    """Whether blocks of one are of use to the other, as far as both say: vLLM's NIXL handshake asks for the same vLLM,
+    and the reference for the same model and layout.
+    """
+    mine, theirs = one.state.versions, other.state.versions
+    return all(mine.get(name) == theirs.get(name) or not (mine.get(name) and theirs.get(name)) for name in _SAME)
+
+
+def _candidates(pool: Pool, job: Job, decode: Member, excluded: AbstractSet[Member]) -> list[Member]:
     out = excluded | {decode}
     model = job.prompt.model
     found = pool.eligible(_PREFILL_ROLES, model, out)

@@ -125,7 +125,7 @@ class SuiteProbe:
             models=tuple(model for model in models if isinstance(model, str)),
             max_model_len=length if isinstance(length, int) else None,
             load=load if isinstance(load, dict) else {},
-            versions={name: answer[name] for name in ("vllm", "suite", "kv_connector") if name in answer},
+            versions={name: answer[name] for name in ("vllm", "suite", "kv_connector", "kv") if name in answer},
             ec=_item_channel(answer.get("ec")),
             role_epoch=role_epoch if isinstance(role_epoch, int) else 0,
             phase=phase if isinstance(phase, str) else "serving",

@@ -151,6 +151,33 @@ async def test_any_prefills_for_a_dedicated_decode(instance, serve):
     assert not any((seen.body.get("kv_transfer_params") or {}).get("do_remote_decode") for seen in d.seen)
 
 
+async def test_versions_are_kept_apart_while_they_are_mixed(instance, serve):
+    """An upgrade: each decode gets its prompts from prefill of its own version; one that has none does them itself."""
+    old = {"vllm": "0.32.0", "kv": "a"}
+    new = {"vllm": "0.33.0", "kv": "a"}
+    p_old, d_old = await instance("prefill", says=old), await instance("decode", says=old)
+    p_new, d_new = await instance("prefill", says=new), await instance("decode", says=new)
+    router = await serve([p_old, d_old, p_new, d_new], policies={"decode": "round_robin"})
+    for number in range(8):
+        status, _ = await router.post(body(prompt=[number, *LONG]))
+        assert status == 200
+    for mine, theirs in ((p_old, d_old), (p_new, d_new)):
+        assert len(mine.seen) == len(theirs.seen) == 4
+        assert [one.body["prompt"] for one in mine.seen] == [one.body["prompt"] for one in theirs.seen]
+    # Another layout is as bad, and a prefill that says nothing of itself is taken.
+    p_old.says = {"vllm": "0.32.0", "kv": "b"}
+    await router.until(lambda: any(m.state.versions.get("kv") == "b" for m in router.router.pool.members))
+    for number in range(2):
+        await router.post(body(prompt=[100 + number, *LONG]))
+    assert router.value("decisions_total", path="direct", reason="other_version") == 1
+    p_old.says = {"vllm": None, "kv": None}
+    await router.until(lambda: any(m.state.versions.get("kv") is None for m in router.router.pool.members))
+    before = len(p_old.seen)
+    for number in range(4):
+        await router.post(body(prompt=[200 + number, *LONG]))
+    assert len(p_old.seen) > before
+
+
 @pytest.mark.parametrize(
     ("word", "reason"),
     [("500", "status"), ("503", "status"), ("429", "status"), ("401", "auth"), ("reset", "disconnect"),
