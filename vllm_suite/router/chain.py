@@ -160,6 +160,7 @@ class Chain:
                     job.stage = "stream"
                     span.event("first_byte")
                     job.answer = answer
+                    answer.instance = member.instance_id
                     job.lap("first_token")
                     if media is not None:
                         job.prompt.document, body, own = None, b"", b""

@@ -36,6 +36,7 @@ class Opened:
     whole: bool
     tail: bytes = b""  # the last three pieces of a stream: its last token, usage and [DONE]
     ended: bool = False  # the instance gave all of it
+    instance: str = ""  # which one, for what is said of an answer that broke off
     measured: tuple[int, str] | None = None  # see `lengths.measure`
 
 
@@ -154,6 +155,9 @@ async def relay(
         failure = translate(exc, guard)
         if failure is None:
             raise
+        reason = failure.stage if isinstance(failure, StageTimeout) else failure.kind
+        if reason != "client":
+            metrics.recent.note("recovery", "broken_off", reason, answer.instance, rid)
         await _break_off(request, out, last, failure, guard, client_s, metrics)
     finally:
         answer.tail = earlier + before + last

@@ -59,6 +59,16 @@ async def test_recoveries_of_the_router_say_which_instance_and_which_request(ins
     }
 
 
+async def test_an_answer_that_broke_off_is_named(instance, serve):
+    d = await instance("decode")
+    d.script = deque(["die"])
+    router = await serve([d])
+    await router.post({**LONG, "stream": True}, headers={"X-Request-Id": "cut"})
+    row = next(row for row in router.router.metrics.recent.rows() if row.kind == "recovery")
+    assert (row.what, row.why, row.instance) == ("broken_off", "disconnect", d.instance_id)
+    assert row.request == sha256(b"cut").hexdigest()[:12]
+
+
 def test_the_router_of_a_fleet_gets_its_targets_and_its_plan() -> None:
     import yaml
 

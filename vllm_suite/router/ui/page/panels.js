@@ -40,7 +40,7 @@ function tiles(state) {
     { name: "In flight", value: number(traffic.in_flight, 0), note: "in this router now" },
     { name: "TTFT p99", value: ms(seen.ttft?.p99), note: met("ttft"), series: traffic.ttft_p99_series, level: level("ttft") },
     { name: "TPOT p99", value: ms(seen.tpot?.p99), note: met("tpot"), level: level("tpot") },
-    ...(state.targets.length ? [{ name: "Goodput", value: share(traffic.goodput), note: "requests within every target", level: traffic.goodput !== null && traffic.goodput < 0.9 ? "bad" : null }] : []),
+    ...(state.targets.length ? [{ name: "Goodput", value: share(traffic.goodput), note: "within every target", level: traffic.goodput !== null && traffic.goodput < 0.9 ? "bad" : null }] : []),
     { name: "Failed requests", value: number(traffic.failed, 0), note: `${traffic.refused.toLocaleString("en")} refused`, level: traffic.failed ? "bad" : null },
     { name: "Recoveries", value: number(traffic.recoveries, 0), note: "in the window", level: traffic.recoveries ? "warn" : null },
   ];
@@ -109,7 +109,7 @@ export function drawLatency(parent, state) {
 
 const WORDS = {
   prefill_retry: "prefill tried elsewhere", prefill_rejected: "prefill refused, decode asked", decode_alone: "decode computed the prompt",
-  decode_retry: "decode tried again", reference_dropped: "KV reference dropped", error: "given up: error to the client",
+  decode_retry: "decode tried again", reference_dropped: "KV reference dropped", error: "given up: error to the client", broken_off: "answer broke off",
   media_sent: "media sent instead of embeddings", encode_split: "encode call split", encode_retry: "encode tried elsewhere",
   encode_local: "encoded by the consumer", admitted: "joined", suspect: "suspected", refused: "refused its role's work",
   forgotten: "forgotten", restarted: "restarted", switched: "switched its role", unreachable: "gave no answer",
@@ -125,7 +125,7 @@ export function drawEvents(parent, state) {
   const rows = state.events.map((event) => {
     const what = WORDS[event.what] ?? event.what.replaceAll("_", " ");
     const times = event.times > 1 ? ` × ${event.times.toLocaleString("en")} since ${clock(event.began)}` : "";
-    const kind = event.what === "error" ? "bad" : GOOD.includes(event.what) ? "good" : "warn";
+    const kind = ["error", "broken_off"].includes(event.what) ? "bad" : GOOD.includes(event.what) ? "good" : "warn";
     return [clock(event.last), el("span", {}, el("span", { class: kind }, what), times, event.why ? ` (${event.why.replaceAll("_", " ")})` : ""),
       event.instance || NONE, event.request ? el("code", {}, event.request) : NONE];
   });
