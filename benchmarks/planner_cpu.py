@@ -34,7 +34,8 @@ from vllm_suite.planner.calibrate.client import Ask, Client
 from vllm_suite.planner.calibrate.file import Calibration
 from vllm_suite.planner.calibrate.fleets import KINDS, SERVED, Kind, Running, running, spec
 from vllm_suite.planner.calibrate.measure import Options, calibrate, show
-from vllm_suite.planner.calibrate.serving import Probe, decode_seconds, measure_fleet, prompt_seconds
+from vllm_suite.planner.calibrate.probe import Probe, decode_seconds, prompt_seconds
+from vllm_suite.planner.calibrate.serving import measure_fleet
 from vllm_suite.planner.workload import Request
 
 SHAPE = TinyConfig(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vllm_suite.planner.calibrate.file import Calibration
+from vllm_suite.planner.calibrate.file import Serving as Constants
 from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.hardware.device import Cluster, Link
 from vllm_suite.planner.models import Parallel, Quantization, load
@@ -71,6 +72,30 @@ class LeastTokens:
         self._load[index] -= demand
 
 
+def in_company(arrival: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Of each request whether another one is in the fleet when it comes or when its first token does."""
+    found = np.zeros(len(arrival), dtype=bool)
+    for moment in (arrival, first):
+        inside = (arrival[None, :] <= moment[:, None]) & (moment[:, None] < last[None, :])
+        np.fill_diagonal(inside, False)
+        found |= inside.any(axis=1)
+    return found
+
+
+def beyond_steps(
+    request_s: float, served: Constants, prompt: np.ndarray, arrival: np.ndarray, ttft: np.ndarray, last: np.ndarray
+) -> np.ndarray:
+    """Simulated seconds to the first token with what the steps do not know of.
+
+    Args:
+        request_s: of an idle fleet.
+        served: for what comes on top of it in company.
+        prompt, arrival, ttft, last: of each request: tokens, seconds of its coming, to its first token, of its last.
+    """
+    company = in_company(arrival, arrival + ttft, last)
+    return np.asarray(ttft + request_s + served.prompt_token_s * prompt + served.busy_s * company)
+
+
 def colocated(calibration: Calibration, requests: Sequence[Request], most: int) -> Times:
     """Two engines behind the router. What each does to the other follows from how busy both are."""
     facts, served = calibration.facts, calibration.serving["colocated"]
@@ -95,7 +120,8 @@ def colocated(calibration: Calibration, requests: Sequence[Request], most: int) 
         busy = tuple(engine.busy / end for engine in pool.engines)
         share = sum(busy) / len(busy)
         rows = [done[each.number] for each in requests]
-        ttft = np.array([job.ttft + served.request_s + served.prompt_token_s * job.prompt for job in rows])
+        prompt, arrival, ttft, last = np.array([(job.prompt, job.arrival, job.ttft, job.last_token) for job in rows]).T
+        ttft = beyond_steps(served.request_s, served, prompt, arrival, ttft, last)
         found = Times(ttft, np.array([job.tpot for job in rows]), busy, (dict(source.outside.report()),))
     return found
 
@@ -125,11 +151,16 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
                 calibration,
                 neighbours=busy["decode"],
                 serving="colocated",
+                prompt_s=handed.prompt_cpu_s,
                 slowdown=slowdown,
                 outside=Outside("clamp"),
             ),
             "decode": CalibratedSource(
-                calibration, neighbours=busy["prefill"], serving="disaggregated", outside=Outside("clamp")
+                calibration,
+                neighbours=busy["prefill"],
+                serving="disaggregated",
+                prompt_s=handed.answer_cpu_s,
+                outside=Outside("clamp"),
             ),
         }
         setting = Setting(
@@ -145,7 +176,12 @@ def disaggregated(calibration: Calibration, requests: Sequence[Request], model: 
         run = simulate_plan(plan, setting, requests, lambda each, done=done: done.update({each.number: each}))
         busy = {role: run.pools[role].busy[0] / run.end for role in ("prefill", "decode")}
         rows = [done[each.number] for each in requests]
-        ttft = np.array([each.ttft + plain.request_s + plain.prompt_token_s * each.prompt for each in rows])
+        prompt, arrival, ttft, last = np.array(
+            [(each.prompt, each.arrival, each.ttft, each.arrival + each.latency) for each in rows]
+        ).T
+        # The hand-over is simulated; what a prompt's length costs beyond it is that of one pool.
+        constants = handed.model_copy(update={"prompt_token_s": plain.prompt_token_s})
+        ttft = beyond_steps(min(plain.request_s, handed.request_s), constants, prompt, arrival, ttft, last)
         beyond = tuple(dict(sources[role].outside.report()) for role in ("prefill", "decode"))
         found = Times(ttft, np.array([each.tpot for each in rows]), (busy["prefill"], busy["decode"]), beyond)
     return found

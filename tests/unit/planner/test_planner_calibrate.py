@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 
 from vllm_suite.planner.calibrate.design import Cell, Range, grid, order
 from vllm_suite.planner.calibrate.engines import gathered
-from vllm_suite.planner.calibrate.file import Calibration, load
+from vllm_suite.planner.calibrate.file import Calibration, Serving, load
 from vllm_suite.planner.calibrate.fit import Measured, cross_validated, fit, knots_of, nonnegative, relative_errors
+from vllm_suite.planner.calibrate.loaded import STREAM, with_load
 from vllm_suite.planner.calibrate.measure import Options, fitted
 from vllm_suite.planner.calibrate.model import StepModel
-from vllm_suite.planner.calibrate.serving import Probe, decode_seconds, fit_serving, prompt_seconds
+from vllm_suite.planner.calibrate.probe import Probe, decode_seconds, prompt_seconds
+from vllm_suite.planner.calibrate.serving import _request_cpu, fit_serving
 from vllm_suite.planner.sources.base import Outside, SourceError
 from vllm_suite.planner.sources.calibrated import CalibratedSource
 from vllm_suite.planner.sources.steps import Steps
@@ -121,6 +124,22 @@ def test_a_known_model_is_found_again() -> None:
     assert np.allclose(model.vector, TRUE.vector, rtol=1e-6, atol=1e-12)
     # With the knots of the grid in place of the true ones the times are the same.
     assert np.abs(relative_errors(fit(cells), cells)).max() < 1e-6
+
+
+def test_a_small_step_may_take_longer_than_a_larger_one() -> None:
+    """Two rows by one kernel, four by another one that is quicker; beyond 16 tokens a dip is taken for noise."""
+    knots = (1.0, 2.0, 3.0, 4.0, 8.0, 16.0, 64.0, 512.0)
+    dip = StepModel(knots, (4e-3, 0.0, -5e-3, 1e-4, 1e-3, 1e-3, 1e-3), *TRUE.vector[:6])
+    few = replace(LIMITS, dense=0.5)
+    cells = [Measured(cell.name, cell.sums(), dip.step_seconds(cell.sums())) for cell in grid(few)]
+    assert {2, 3, 4, 6} < {cell.steps.decode_sequences for cell in cells}
+    found = fit(cells)
+    for count in (1, 2, 3, 4, 16):
+        steps = Steps.of(contexts=[700] * count)
+        assert found.step_seconds(steps) == pytest.approx(dip.step_seconds(steps), rel=1e-3)
+    later = StepModel(knots, (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, -1e-5, 1e-3), *TRUE.vector[:6])
+    cells = [Measured(cell.name, cell.sums(), later.step_seconds(cell.sums())) for cell in grid(few)]
+    assert min(slope for slope, low in zip(fit(cells, knots).slopes, knots, strict=False) if low >= 16) >= 0.0
 
 
 def test_errors_are_relative() -> None:
@@ -263,6 +282,58 @@ def test_constants_of_serving_are_found_again() -> None:
     assert line.seconds == pytest.approx(more.step_seconds(Steps(0, 0, 0, 0, 3, 900)))
     with pytest.raises(SourceError, match="'there' was not measured; there is here"):
         CalibratedSource(served, serving="there")
+
+
+def test_what_a_prompt_takes_of_the_cores_is_in_its_step() -> None:
+    probe = Probe((16, 96, 480, 900), (1, 2, 4, 8), 1, 512, range(16, 400))
+    gaps = {size: [decode_seconds(TRUE, probe, size)] * 3 for size in probe.batches}
+    first = {}
+    for length in probe.prompts:
+        seconds, steps = prompt_seconds(TRUE, length, 512)
+        first[length] = [seconds + steps * 0.006 + 0.01]
+    found = fit_serving(first, gaps, probe, TRUE, TRUE, "here", prompt_cpu_s=0.006)
+    assert found.request_s == pytest.approx(0.01)
+    served = calibration().model_copy(update={"serving": {"here": found}})
+    steps = Steps.of([(64, 0), (32, 0)], [300] * 3)
+    plain = CalibratedSource(served).step_seconds(steps)
+    assert CalibratedSource(served, serving="here").step_seconds(steps) - plain == pytest.approx(2 * 0.006)
+    assert CalibratedSource(served, serving="here", prompt_s=0.002).step_seconds(steps) - plain == pytest.approx(0.004)
+    arrays = Steps(*(np.array([float(each)]) for each in steps))
+    assert CalibratedSource(served, serving="here").seconds(arrays)[0] - plain == pytest.approx(2 * 0.006)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_what_company_costs_is_what_the_steps_leave(handed_over: bool) -> None:
+    """Prompts beside a stream: the rest of a step, their own step with it, and 8 ms that nothing explains."""
+    probe = Probe((16, 96, 480, 900), (1, 2), 1, 512, range(16, 400), batch_prompt=24)
+    served = Serving(
+        step_s=0.001, sequence_s=0.0002, request_s=0.004, prompt_token_s=1e-5, prompt_cpu_s=0.003, answer_cpu_s=0.002,
+        requests=10, error=0.0, via="here",
+    )  # fmt: skip
+    stream = 24 + STREAM // 2
+    found = []
+    for length in (16, 96, 480):
+        gap = decode_seconds(TRUE, probe, 1) + 0.001 + 0.0002
+        if handed_over:
+            own = TRUE.step_seconds(Steps.of([(length, 0)])) + 0.001 + 0.0002 + 0.003
+            own += TRUE.step_seconds(Steps.of([(1, length - 1)], [stream])) + 0.001 + 2 * 0.0002 + 0.002
+        else:
+            own = TRUE.step_seconds(Steps.of([(length, 0)], [stream])) + 0.001 + 2 * 0.0002 + 0.003
+        for rest in (0.1, 0.5, 0.9):
+            found.append((length, rest * gap + own + 0.004 + 1e-5 * length + 0.008))
+    # One of each end is left out: a hiccup among twelve does not count.
+    found += [(16, 9.0), (96, 0.0), (480, found[-2][1])]
+    more = with_load(found, probe, served, TRUE, handed_over=handed_over)
+    assert more.busy_s == pytest.approx(0.008)
+    assert more.requests == 22
+    assert with_load([(16, 0.001)], probe, served, TRUE, handed_over=handed_over).busy_s == 0.0
+
+
+def test_the_cpu_time_of_a_request_is_without_that_of_an_idle_fleet() -> None:
+    # Two HTTP servers and what stands beside them; idle they use 1, 0 and 2 % of a core.
+    used, idle = (0.9, 0.4, 0.9), (0.04, 0.0, 0.08)
+    assert _request_cpu(used, idle, 20.0, 100, handed_over=False) == pytest.approx((0.007 + 0.004, 0.0))
+    assert _request_cpu(used, idle, 20.0, 100, handed_over=True) == pytest.approx((0.007 + 0.005, 0.004))
 
 
 # -- file

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_suite.cli.main import main
 from vllm_suite.planner.calibrate import engines as module
 from vllm_suite.planner.calibrate.client import Timed
 from vllm_suite.planner.calibrate.engines import EngineFailed, engines
-from vllm_suite.planner.calibrate.file import load
+from vllm_suite.planner.calibrate.file import Serving, load
 from vllm_suite.planner.calibrate.measure import Options, calibrate, environment, job
 from vllm_suite.planner.calibrate.serving import steady_gap
 from vllm_suite.planner.sources.calibrated import CalibratedSource
@@ -93,6 +95,20 @@ def test_too_short_a_run_is_refused(stand_in: Path) -> None:
         calibrate(Options(model="m", device="cpu"))
 
 
+def test_phases_take_turns_and_go_on_where_they_were(stand_in: Path) -> None:
+    """Each command visits a third of the cells: four turns reach all of them, in both phases."""
+    (stand_in / "stand_in.py").write_text(STAND_IN.replace("3 * len", "len").replace('cells"])]', 'cells"]) // 3]'))
+    said: list[str] = []
+    found = calibrate(Options(model="m", device="cpu", engines=2), said.append)
+    turns = [line.split(", ", 1)[1] for line in said if line.startswith("measuring")]
+    assert turns[:3] == ["1 engine(s) at work, turn 1 of 4", "2 engine(s) at work, turn 1 of 4",
+                         "1 engine(s) at work, turn 2 of 4"]  # fmt: skip
+    assert len(turns) == 8
+    alone = next(line for line in said if line.startswith("alone:"))
+    assert "0 batches not reached" in alone
+    assert {row.phase for row in found.grid} == {"alone", "beside"}
+
+
 @pytest.mark.parametrize("words", [["--engines", "0"], ["--folds", "1"], ["--engine-args", "[1]"], ["--served", "all"]])
 def test_bad_arguments_end_with_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -141,3 +157,16 @@ def test_the_planner_starts_no_vllm() -> None:
     """The driver is named, not imported."""
     assert module.DRIVER == "vllm_suite.compat.step_timing"
     assert module.DRIVER not in sys.modules
+
+
+def test_what_a_first_token_waits_for_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, met by another one that is still answered, met when its own first token comes, and after all others."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+    predict = importlib.import_module("planner_cpu_predict")
+    served = Serving(step_s=0.0, sequence_s=0.0, request_s=0.01, prompt_token_s=1e-4, requests=1, error=0.0, via="here",
+                     busy_s=0.005)  # fmt: skip
+    prompt, arrival = np.array([100.0, 10.0, 10.0, 0.0]), np.array([0.0, 1.5, 2.0, 5.0])
+    ttft, last = np.array([0.2, 1.0, 0.1, 0.3]), np.array([1.0, 4.0, 3.0, 6.0])
+    assert predict.in_company(arrival, arrival + ttft, last).tolist() == [False, True, True, False]
+    found = predict.beyond_steps(served.request_s, served, prompt, arrival, ttft, last)
+    assert found - ttft == pytest.approx([0.02, 0.016, 0.016, 0.01])

@@ -11,6 +11,9 @@ from vllm_suite.planner.sources.steps import Steps
 
 # Contexts of one batch that differ: the shortest and the longest by this factor.
 _UNEQUAL = 8
+# Sequences of small batches that are measured however few points a factor of two has: kernels change from one to the
+# next here, and an engine with little to do decodes nothing else.
+_FEW = (2, 3, 6)
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,14 @@ def grid(limits: Range) -> list[Cell]:
 
 def _decode(limits: Range, longest: int) -> Iterator[Cell]:
     contexts = _sizes(8, longest, 0.5)
-    for count in _sizes(1, limits.max_num_seqs, limits.dense):
+    counts = _sizes(1, limits.max_num_seqs, limits.dense)
+    for count in counts:
         for context in contexts:
             yield Cell((context,) * count)
+    for count in _FEW:
+        if count not in counts:
+            for context in contexts[::2]:
+                yield Cell((context,) * count)
     for count in _sizes(2, limits.max_num_seqs, limits.dense / 2):
         low = max(8, longest // (4 * _UNEQUAL))
         spread = [low + (low * (_UNEQUAL - 1)) * index // (count - 1) for index in range(count)]

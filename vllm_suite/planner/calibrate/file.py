@@ -25,7 +25,7 @@ class Coefficients(_Part):
     """`StepModel`, checked."""
 
     knots: tuple[Annotated[float, Field(ge=1)], ...] = Field(min_length=1)
-    slopes: tuple[Seconds, ...]
+    slopes: tuple[float, ...]
     constant: Seconds
     chunk: Seconds
     before: Seconds
@@ -105,6 +105,12 @@ class Serving(_Part):
         via: what stood between client and engine.
         router_s: how much later a first token comes through the router than from the engine; in `request_s` already.
         pull_s: mean time of a pull of keys and values, as the instance that decodes counts it; in `request_s` already.
+        prompt_cpu_s: CPU seconds of a request beside the steps on the cores of the engine that computes its prompt: its
+            HTTP server, and disaggregated router and client too. Added to the step of each prompt chunk, so that others
+            wait for it as well; 0 where engines are not pinned to cores.
+        answer_cpu_s: the same on the engine that decodes, where that is another one.
+        busy_s: added to the time to the first token of a request that is not alone in the fleet: beyond the steps that
+            it waits for, hops between processes wait for a core.
         shared_token_s: CPU seconds of router and client per token, on the cores that they share with the engines.
     """
 
@@ -117,6 +123,9 @@ class Serving(_Part):
     via: str
     router_s: float | None = None
     pull_s: float | None = None
+    prompt_cpu_s: Seconds = 0.0
+    answer_cpu_s: Seconds = 0.0
+    busy_s: Seconds = 0.0
     shared_token_s: float = 0.0
     points: list[dict[str, Any]] = []
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_suite.planner.calibrate.model import TERMS, StepModel, design_matrix
+from vllm_suite.planner.calibrate.model import SMALL, TERMS, StepModel, design_matrix
 from vllm_suite.planner.sources.base import FloatArray, SourceError
 from vllm_suite.planner.sources.steps import Steps
 
 # Knots nearer to each other than this factor are told apart by noise only.
-_APART = 1.4
+_APART = 1.3
 _TWO_THIRDS = 2 / 3
 
 
@@ -116,7 +116,12 @@ def fit(cells: Sequence[Measured], knots: tuple[float, ...] | None = None) -> St
     if not (seconds > 0).all():
         raise SourceError("a measured step took no time")
     matrix = design_matrix(stacked(cells), knots) / seconds[:, None]
-    return StepModel.of_vector(nonnegative(matrix, np.ones(len(cells))), knots)
+    # A slope of either sign is the difference of two numbers that are not negative.
+    either = [len(TERMS) + at for at, high in enumerate(knots[1:]) if high <= SMALL]
+    found = nonnegative(np.concatenate([matrix, -matrix[:, either]], axis=1), np.ones(len(cells)))
+    vector = found[: matrix.shape[1]]
+    vector[either] -= found[matrix.shape[1] :]
+    return StepModel.of_vector(vector, knots)
 
 
 def relative_errors(model: StepModel, cells: Sequence[Measured]) -> FloatArray:

@@ -29,12 +29,20 @@ class Running:
         direct: of its first engine.
         answering: of its last engine, which decodes.
         shared: processes that stand beside the engines: the router, and this one, which is the client.
+        fronts: of each engine the process that speaks HTTP.
+        pinned: whether each engine's processes share cores of their own.
     """
 
     url: str
     direct: str
     answering: str
     shared: tuple[int, ...]
+    fronts: tuple[int, ...] = ()
+    pinned: bool = False
+
+    def front_cpu_s(self) -> list[float]:
+        """CPU seconds that each engine's HTTP server has used."""
+        return [_cpu_s(pid) for pid in self.fronts]
 
     def shared_cpu_s(self) -> float:
         """CPU seconds that they have used."""
@@ -93,9 +101,11 @@ async def running(fleet: FleetSpec) -> AsyncIterator[Running]:
         await supervisor.start()
         *engines, router = supervisor.processes
         urls = router.launch.url, engines[0].launch.url, engines[-1].launch.url
-        found = Running(*urls, (*router.pids(), os.getpid()))
+        fronts = tuple(process.pids()[0] for process in engines)
         cores, threads = sorted(os.sched_getaffinity(0)), fleet.local.cpu_threads
-        if fleet.local.device != "cpu" or len(cores) < threads * len(engines):
+        pinned = fleet.local.device == "cpu" and len(cores) >= threads * len(engines)
+        found = Running(*urls, (*router.pids(), os.getpid()), fronts, pinned)
+        if not pinned:
             yield found
             return
         shares = [set(cores[at * threads : (at + 1) * threads]) for at in range(len(engines))]

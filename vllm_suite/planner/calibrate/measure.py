@@ -18,6 +18,8 @@ from vllm_suite.planner.sources.base import SourceError
 from vllm_suite.provenance import device_name, provenance
 
 _CYCLES = 400
+# Phases take turns, so that the machine's drift is in none of them alone.
+_TURNS = 4
 # What one step or the set-up of one batch may take beyond the limit.
 _PATIENCE_S = 300.0
 
@@ -79,9 +81,7 @@ def _calibrate(options: Options, folder: Path, load: list[float], say: Callable[
             )
         )
         _warm_up(running, cells, options)
-        measured, odd = {"alone": _phase(running[:1], cells, "alone", options, say)}, 0
-        if options.engines > 1:
-            measured["beside"] = _phase(running, cells, "beside", options, say)
+        measured = _measured(running, cells, options, say)
     knots = knots_of([cell for cells_, _ in measured.values() for cell in cells_])
     odd = sum(count for _, count in measured.values())
     fits = {phase: fitted(found, knots, options) for phase, (found, _) in measured.items()}
@@ -143,19 +143,42 @@ def _warm_up(running: Sequence[MeasuredEngine], cells: Sequence[Cell], options: 
         engine.rows(options.seconds + _PATIENCE_S)
 
 
-def _phase(
-    running: Sequence[MeasuredEngine], cells: list[Cell], phase: str, options: Options, say: Callable[[str], None]
-) -> tuple[list[Measured], int]:
-    say(f"measuring {len(cells)} batches for {options.seconds:.0f} s, {len(running)} engine(s) at work")
-    for number, engine in enumerate(running):
-        engine.start(cells, order(len(cells), _CYCLES, options.seed + 100 * number), options.seconds, phase)
-    rows = [engine.rows(options.seconds + _PATIENCE_S) for engine in running]
+def _measured(
+    running: Sequence[MeasuredEngine], cells: list[Cell], options: Options, say: Callable[[str], None]
+) -> dict[str, tuple[list[Measured], int]]:
+    """Every phase's cells, and how many steps were left out."""
+    phases = {"alone": running[:1]} | ({"beside": running} if len(running) > 1 else {})
+    turns = _TURNS if len(phases) > 1 else 1
+    rows: dict[str, list[dict[str, Any]]] = {phase: [] for phase in phases}
+    orders = {
+        phase: [order(len(cells), _CYCLES, options.seed + 100 * number) for number in range(len(engines_))]
+        for phase, engines_ in phases.items()
+    }
+    for turn in range(turns):
+        for phase, at_work in phases.items():
+            say(f"measuring {len(cells)} batches, {len(at_work)} engine(s) at work, turn {turn + 1} of {turns}")
+            rows[phase] += _turn(at_work, cells, orders[phase], phase, options.seconds / turns)
+    found = {}
+    for phase, each in rows.items():
+        cells_, odd = gathered(cells, each)
+        missing = len(cells) - len(cells_)
+        say(f"{phase}: {len(each)} steps of {len(cells_)} batches; {odd} left out, {missing} batches not reached")
+        found[phase] = cells_, odd
+    return found
+
+
+def _turn(
+    running: Sequence[MeasuredEngine], cells: list[Cell], orders: list[list[int]], phase: str, seconds: float
+) -> list[dict[str, Any]]:
+    """The steps of a stretch of time. What was visited is taken off the orders."""
+    for engine, places in zip(running, orders, strict=True):
+        engine.start(cells, places, seconds, phase)
+    rows = [engine.rows(seconds + _PATIENCE_S) for engine in running]
+    for each, places in zip(rows, orders, strict=True):
+        del places[: round(sum(1 / cells[row["cell"]].steps for row in each))]
     # The last rows of an engine were measured after another one had stopped.
-    ends = min(each[-1]["at"] for each in rows if each)
-    found, odd = gathered(cells, [row for each in rows for row in each if row["at"] <= ends])
-    missing = len(cells) - len(found)
-    say(f"{phase}: {sum(map(len, rows))} steps of {len(found)} batches; {odd} left out, {missing} batches not reached")
-    return found, odd
+    ends = min((each[-1]["at"] for each in rows if each), default=0.0)
+    return [row for each in rows for row in each if row["at"] <= ends]
 
 
 def environment(options: Options) -> dict[str, str]:
@@ -217,5 +240,6 @@ def show(found: Calibration) -> str:
             f"served, {kind}: {each.step_s * 1e3:.2f} ms a step, {each.sequence_s * 1e3:.2f} ms a token,"
             f" {each.request_s * 1e3:.1f} ms a request, {each.prompt_token_s * 1e6:.1f} us a prompt token"
             + ("" if each.router_s is None else f"; {each.router_s * 1e3:.1f} ms of that in the router")
+            + f"; {each.prompt_cpu_s * 1e3:.1f} ms of the cores a prompt, {each.busy_s * 1e3:.1f} ms more in company"
         )
     return "\n".join(lines)

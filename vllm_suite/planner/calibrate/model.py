@@ -13,15 +13,19 @@ import numpy as np
 from vllm_suite.planner.sources.base import FloatArray
 from vllm_suite.planner.sources.steps import Steps
 
+SMALL = 16
+"""Tokens up to which a step may take less time than one with fewer tokens."""
+
 TERMS = ("constant", "chunk", "before", "pair", "sequence", "key")
 
 
 @dataclass(frozen=True)
 class StepModel:
-    """Seconds of a step, all numbers at least 0.
+    """Seconds of a step, all numbers but slopes of small steps at least 0.
 
-    The matrix products cost a growing function of the step's tokens, linear between `knots`: reading the weights sets
-    the price of a small step, arithmetic that of a large one, and kernels change in between. The rest is linear.
+    The matrix products cost a function of the step's tokens, linear between `knots`: reading the weights sets the price
+    of a small step, arithmetic that of a large one, and kernels change in between. It grows beyond `SMALL` tokens;
+    below, another kernel may make a larger step the shorter one. The rest is linear.
 
     Attributes:
         knots: tokens, from 1 on; the function is known up to the last one.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +17,16 @@ from vllm_suite.planner.calibrate.client import Ask, Client, ServedError, Timed
 from vllm_suite.planner.calibrate.file import Calibration, Serving
 from vllm_suite.planner.calibrate.fit import nonnegative
 from vllm_suite.planner.calibrate.fleets import SERVED, Kind, Running, running, spec
+from vllm_suite.planner.calibrate.loaded import first_tokens_under_load, unpaused, with_load
 from vllm_suite.planner.calibrate.measure import Options, token_ids
 from vllm_suite.planner.calibrate.model import StepModel
+from vllm_suite.planner.calibrate.probe import EDGE, Probe, decode_seconds, prompt_seconds
 from vllm_suite.planner.sources.base import FloatArray
 from vllm_suite.planner.sources.steps import Steps
 
-# Tokens of a stream before its batch is complete and steady, and at its end.
-_EDGE = 6
+# Over which the fleet's own CPU time without requests is measured.
+_IDLE_S = 4.0
 _PULLS = "vllm_suite_kv_pull_seconds"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is asked of a fleet.
-
-    Attributes:
-        prompts: lengths; each is sent alone, `repeats` times.
-        batches: requests at a time for each engine that decodes.
-        width: engines that decode, each with its share of a batch.
-        budget: `max_num_batched_tokens`.
-        output: tokens of each request of a batch.
-        batch_prompt: their prompt.
-        token_ids: to draw prompts from.
-    """
-
-    prompts: tuple[int, ...]
-    batches: tuple[int, ...]
-    width: int
-    budget: int
-    token_ids: range
-    repeats: int = 6
-    output: int = 32
-    batch_prompt: int = 24
-    seed: int = 0
 
 
 async def first_tokens(client: Client, probe: Probe) -> dict[int, list[float]]:
@@ -57,7 +36,8 @@ async def first_tokens(client: Client, probe: Probe) -> dict[int, list[float]]:
     draw.shuffle(order)
     found: dict[int, list[float]] = {size: [] for size in probe.prompts}
     for size in order:
-        [timed] = await client.send([Ask(tuple(draw.choices(probe.token_ids, k=size)), 2)])
+        await asyncio.sleep(draw.uniform(*probe.pause_s))
+        [timed] = await client.send([Ask(probe.draw(draw, size), 2)])
         found[size].append(timed.ttft)
     return found
 
@@ -69,17 +49,14 @@ async def batch_gaps(client: Client, probe: Probe) -> dict[int, list[float]]:
     draw.shuffle(order)
     found: dict[int, list[float]] = {size: [] for size in probe.batches}
     for size in order:
-        asks = [
-            Ask(tuple(draw.choices(probe.token_ids, k=probe.batch_prompt)), probe.output)
-            for _ in range(size * probe.width)
-        ]
+        asks = [Ask(probe.draw(draw, probe.batch_prompt), probe.output) for _ in range(size * probe.width)]
         found[size].append(steady_gap(await client.send(asks)))
     return found
 
 
 def steady_gap(answers: Sequence[Timed]) -> float:
     """The mean gap while all of them decode; the mean over the requests."""
-    begun = max(each.at[_EDGE] for each in answers)
+    begun = max(each.at[EDGE] for each in answers)
     ended = min(each.at[-1] for each in answers)
     gaps = []
     for each in answers:
@@ -87,22 +64,6 @@ def steady_gap(answers: Sequence[Timed]) -> float:
         if len(inside) > 2:
             gaps.append((inside[-1] - inside[0]) / (len(inside) - 1))
     return statistics.fmean(gaps)
-
-
-def decode_seconds(model: StepModel, probe: Probe, size: int) -> float:
-    """The model's own time of such a step, in the middle of the stream."""
-    context = probe.batch_prompt + (probe.output + _EDGE) / 2
-    return model.step_seconds(Steps(0, 0, 0, 0, size, size * context))
-
-
-def prompt_seconds(model: StepModel, tokens: int, budget: int) -> tuple[float, int]:
-    """The model's own time of a prompt alone, and in how many steps."""
-    seconds, before, steps = 0.0, 0, 0
-    while before < tokens:
-        length = min(budget, tokens - before)
-        seconds += model.step_seconds(Steps.of([(length, before)]))
-        before, steps = before + length, steps + 1
-    return seconds, steps
 
 
 def fit_serving(
@@ -114,6 +75,8 @@ def fit_serving(
     via: str,
     *,
     handed_over: bool = False,
+    prompt_cpu_s: float = 0.0,
+    answer_cpu_s: float = 0.0,
 ) -> Serving:
     """Constants from both measurements: what is left when the engine's own steps are taken off.
 
@@ -121,6 +84,7 @@ def fit_serving(
         decode: the model of steps of the engines while all of them decode.
         prefill: of an engine while the others are idle.
         handed_over: the first token comes from another engine, which computes the prompt's last token again.
+        prompt_cpu_s, answer_cpu_s: see `Serving`.
     """
     sizes = sorted(gaps)
     seen = np.array([statistics.median(gaps[size]) for size in sizes])
@@ -131,9 +95,9 @@ def fit_serving(
 
     def engine_seconds(length: int) -> float:
         seconds, steps = prompt_seconds(prefill, length, probe.budget)
-        seconds += steps * step_s + sequence_s
+        seconds += steps * (step_s + prompt_cpu_s) + sequence_s
         if handed_over:
-            seconds += prefill.step_seconds(Steps.of([(1, length - 1)])) + step_s + sequence_s
+            seconds += prefill.step_seconds(Steps.of([(1, length - 1)])) + step_s + sequence_s + answer_cpu_s
         return seconds
 
     engine = np.array([engine_seconds(length) for length in lengths])
@@ -158,6 +122,8 @@ def fit_serving(
         requests=count,
         error=float(np.abs(errors).mean()),
         via=via,
+        prompt_cpu_s=prompt_cpu_s,
+        answer_cpu_s=answer_cpu_s,
         points=points,
     )
 
@@ -200,15 +166,29 @@ async def measure_fleet(
         seed=len(kind),
     )
     async with Client(fleet.url, SERVED) as client:
-        await first_tokens(client, replace(probe, repeats=1, seed=probe.seed + 7))
+        await first_tokens(client, unpaused(replace(probe, repeats=1, seed=probe.seed + 7)))
         before = await _pulls(fleet) if handed_over else (0.0, 0.0)
-        first = await first_tokens(client, probe)
+        idle = await _cpu_of(fleet, asyncio.sleep(_IDLE_S))
+        first, begun = {}, time.monotonic()
+
+        async def alone_() -> None:
+            first.update(await first_tokens(client, probe))
+
+        used = await _cpu_of(fleet, alone_())
+        cpu = _request_cpu(used, idle, time.monotonic() - begun, sum(map(len, first.values())), handed_over)
         after = await _pulls(fleet) if handed_over else (0.0, 0.0)
-        cpu = fleet.shared_cpu_s()
+        shared_cpu = fleet.shared_cpu_s()
         gaps = await batch_gaps(client, probe)
         tokens = sum(map(len, gaps.values())) / len(gaps) * sum(probe.batches) * width * probe.output
-        shared = (fleet.shared_cpu_s() - cpu) / tokens
-    found = fit_serving(first, gaps, probe, decode, alone, "router", handed_over=handed_over)
+        shared = (fleet.shared_cpu_s() - shared_cpu) / tokens
+        loaded = await first_tokens_under_load(client, probe, statistics.median(gaps[min(gaps)]))
+    prompt_cpu_s, answer_cpu_s = cpu if fleet.pinned else (0.0, 0.0)
+    found = fit_serving(
+        first, gaps, probe, decode, alone, "router",
+        handed_over=handed_over, prompt_cpu_s=prompt_cpu_s, answer_cpu_s=answer_cpu_s,
+    )  # fmt: skip
+    at_work = alone if calibration.beside is None else calibration.beside.step.model()
+    found = with_load(loaded, probe, found, at_work, handed_over=handed_over)
     router_s = None if handed_over else await _router_seconds(fleet, probe)
     found = found.model_copy(update={"shared_token_s": shared, "router_s": router_s})
     if handed_over:
@@ -218,6 +198,25 @@ async def measure_fleet(
         found = found.model_copy(update={"pull_s": (after[0] - before[0]) / pulls})
     say(f"{kind}: {found.requests} requests, mean error of the constants' fit {found.error:.1%}")
     return calibration.model_copy(update={"serving": {**calibration.serving, kind: found}})
+
+
+async def _cpu_of(fleet: Running, work: Awaitable[Any]) -> tuple[float, ...]:
+    """CPU seconds meanwhile: of the HTTP server of each engine, then of router and client."""
+    before = (*fleet.front_cpu_s(), fleet.shared_cpu_s())
+    await work
+    return tuple(b - a for a, b in zip(before, (*fleet.front_cpu_s(), fleet.shared_cpu_s()), strict=True))
+
+
+def _request_cpu(
+    used: Sequence[float], idle: Sequence[float], seconds: float, requests: int, handed_over: bool
+) -> tuple[float, float]:
+    """CPU seconds of a request beside the steps, where its prompt is computed and where it is answered.
+
+    What they use without requests, measured over `_IDLE_S`, is taken off.
+    """
+    *fronts, shared = (max(0.0, a - b * seconds / _IDLE_S) / requests for a, b in zip(used, idle, strict=True))
+    # Disaggregated, router and client stay on the cores of the engine that prefills.
+    return (fronts[0] + shared, fronts[-1]) if handed_over else (sum(fronts), 0.0)
 
 
 async def _pulls(fleet: Running) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class CalibratedSource(LatencySource):
         *,
         neighbours: float = 0.0,
         serving: str | None = None,
+        prompt_s: float | None = None,
         slowdown: float = 1.0,
         outside: Outside | None = None,
     ) -> None:
@@ -37,6 +38,8 @@ class CalibratedSource(LatencySource):
             neighbours: share of the time for which the other engines that were measured beside it are at work.
             serving: add what a served request sees beside the engine's steps in this kind of fleet; None for the
                 engine's steps alone.
+            prompt_s: seconds of the engine's cores for each prompt chunk beside the step; those of `serving` by
+                default.
             slowdown: factor on all times, for other work on the engine's cores.
 
         Raises:
@@ -54,12 +57,13 @@ class CalibratedSource(LatencySource):
                 raise SourceError("the fits alone and beside others have different knots")
             model = model.blended(other, neighbours)
             fitted = calibration.beside if neighbours > 0.5 else fitted
-        step_s = sequence_s = 0.0
+        step_s = sequence_s = chunk_s = 0.0
         if serving is not None:
             if serving not in calibration.serving:
                 known = ", ".join(sorted(calibration.serving)) or "none"
                 raise SourceError(f"serving {serving!r} was not measured; there is {known}")
-            step_s, sequence_s = calibration.serving[serving].step_s, calibration.serving[serving].sequence_s
+            constants = calibration.serving[serving]
+            step_s, sequence_s, chunk_s = constants.step_s, constants.sequence_s, constants.prompt_cpu_s
         self.calibration, self.model = calibration, model
         self.bounds = fitted.bounds
         self.name = f"calibrated {calibration.model} on {calibration.machine}"
@@ -70,7 +74,7 @@ class CalibratedSource(LatencySource):
             f" nine in ten within {held_out.p90:.1%}, worst {held_out.worst:+.1%} ({held_out.worst_cell})",
         )
         self.outside = Outside("refuse") if outside is None else outside
-        self._host = step_s, sequence_s
+        self._host = step_s, sequence_s, chunk_s if prompt_s is None else prompt_s
         self._slowdown = slowdown
 
     @classmethod
@@ -86,8 +90,7 @@ class CalibratedSource(LatencySource):
         if not tokens:
             return 0.0
         steps = self._inside(steps)
-        step_s, sequence_s = self._host
-        served: float = step_s + sequence_s * (steps.decode_sequences + steps.prefill_chunks)
+        served: float = self._served(steps)
         return self._slowdown * (self.model.step_seconds(steps) + served)
 
     def seconds(self, steps: Steps) -> FloatArray:
@@ -95,11 +98,14 @@ class CalibratedSource(LatencySource):
         rows = as_arrays(steps)
         shape = rows.prefill_tokens.shape
         rows = self._all_inside(Steps(*(np.atleast_1d(np.array(each)) for each in rows)))
-        step_s, sequence_s = self._host
-        served = step_s + sequence_s * (rows.decode_sequences + rows.prefill_chunks)
+        served = self._served(rows)
         busy = rows.prefill_tokens + rows.decode_sequences > 0
         found = np.where(busy, self._slowdown * (self.model.seconds(rows) + served), 0.0)
         return np.asarray(found.reshape(shape))
+
+    def _served(self, steps: Steps) -> Any:
+        step_s, sequence_s, chunk_s = self._host
+        return step_s + sequence_s * (steps.decode_sequences + steps.prefill_chunks) + chunk_s * steps.prefill_chunks
 
     def decode_line(self, sequences: int, context: float, longest: float = 0, shortest: float = 0) -> DecodeLine:
         """See `LatencySource`."""
