@@ -102,7 +102,7 @@ spec:
   {{- with include "suite.podPlaces" $settings }}
   {{- . | nindent 2 }}
   {{- end }}
-  {{- if eq .nodes 1 }}
+  {{- if and (eq .nodes 1) (ne $k.placement.spread_over (default "" $k.placement.same_domain)) }}
   topologySpreadConstraints:
     - maxSkew: 1
       topologyKey: {{ $k.placement.spread_over }}

@@ -59,3 +59,14 @@ def test_the_chart_renders_it_as_it_is(path: Path) -> None:
     assert {"VllmSuiteSloBurn", "VllmSuitePredictionLeft"} <= {rule["alert"] for rule in rules}
     given = yaml.safe_load(find(objects, "ConfigMap", "llm-router")["data"]["router.yaml"])
     assert given["slo"]["ttft"] == "200ms"
+
+
+def test_pods_stay_in_the_domain_that_was_simulated(path: Path) -> None:
+    """Two engines within one node of the plan: KV blocks went over its own links."""
+    spec = load_fleet(path).kubernetes
+    assert (spec.gpus_per_node, spec.placement.same_domain) == (8, "kubernetes.io/hostname")
+    for role in ("prefill", "decode"):
+        pod = find(render(yaml.safe_load(path.read_text())), "Deployment", f"llm-{role}")["spec"]["template"]["spec"]
+        (term,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        assert term["podAffinityTerm"]["topologyKey"] == "kubernetes.io/hostname"
+        assert "topologySpreadConstraints" not in pod  # which would pull the other way

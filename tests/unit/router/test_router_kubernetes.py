@@ -136,3 +136,33 @@ async def test_members_follow_the_slices(cluster, instance, serve, monkeypatch) 
     api.forget()
     await other.patch(EndpointSlice, "a", {"endpoints": [pod("127.0.0.1", ready=False, terminating=True)]})
     await router.until(lambda: not router.router.pool.members)
+
+
+async def test_an_upgrade_loses_no_request(cluster, instance, serve, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """A pod that leaves goes out of the slice with requests still in it: they end there, new ones go to the new pod."""
+    _, url, other = cluster
+    monkeypatch.setattr(Kube, "in_cluster", classmethod(lambda cls: Kube(url, "prod")))
+    pods = [await instance("decode"), await instance("decode")]
+    targets = [
+        {"service": f"llm-{number}", "port": httpx2.URL(one.url).port, "role": "decode"}
+        for number, one in enumerate(pods)
+    ]
+    router = await serve([], ready=False, membership={"kubernetes": targets})
+    asked = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4}
+    await other.create(piece("old", pod("127.0.0.1", ready=True), service="llm-0"))
+    await router.until(lambda: len(router.router.pool.members) == 1)
+    old, new = pods
+    old.hold = asyncio.Event()
+    running = [asyncio.create_task(router.post(asked)) for _ in range(3)]
+    await router.until(lambda: len(old.seen) == 3)
+    # The new pod is ready first; then the old one is told to leave, and its preStop waits for what runs.
+    await other.create(piece("new", pod("127.0.0.1", ready=True), service="llm-1"))
+    await router.until(lambda: len(router.router.pool.members) == 2)
+    gone = [pod("127.0.0.1", ready=False, serving=True, terminating=True)]
+    await other.patch(EndpointSlice, "old", {"endpoints": gone})
+    await router.until(lambda: [one.instance_id for one in router.router.pool.members] == [new.instance_id])
+    later = [await router.post(asked) for _ in range(3)]
+    old.hold.set()
+    assert [status for status, _ in [*later, *await asyncio.gather(*running)]] == [200] * 6
+    assert (len(old.seen), len(new.seen)) == (3, 3)
+    assert router.value("recoveries_total") == 0

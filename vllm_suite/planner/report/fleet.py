@@ -62,7 +62,18 @@ def fleet_of(
         data["router"] = {"disaggregation": {"min_prompt_tokens": setting.serving.min_prompt_tokens}}
     if predicted is not None:
         data["predicted"] = predicted
+    data["kubernetes"] = _kubernetes(plan, setting)
     return FleetSpec.model_validate(data)
+
+
+def _kubernetes(plan: Plan, setting: Setting) -> dict[str, Any]:
+    """Nodes as they were simulated. A plan within one node moved its KV blocks over the links inside: keep it there."""
+    node = setting.cluster.device.node.gpus
+    found: dict[str, Any] = {"gpus_per_node": node}
+    first = [rank for pool in plan.placed().pools for rank in pool.ranks or ()]
+    if len(first) > 1 and max(first) < node and plan.gpus <= node:
+        found["placement"] = {"same_domain": "kubernetes.io/hostname"}
+    return found
 
 
 def fleet_text(spec: FleetSpec, head: list[str]) -> str:
