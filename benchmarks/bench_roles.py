@@ -53,9 +53,9 @@ def main() -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--repeats", type=positive, default=3, help="pairs of runs (3)")
     parser.add_argument("--prefills", type=positive, default=60, metavar="N", help="requests of the first mix (60)")
-    parser.add_argument("--decodes", type=positive, default=240, metavar="N", help="requests of the second mix (240)")
+    parser.add_argument("--decodes", type=positive, default=300, metavar="N", help="requests of the second mix (300)")
     parser.add_argument(
-        "--load", type=float, default=1.5, metavar="X", help="of the capacity of one that decodes (1.5)"
+        "--load", type=float, default=1.35, metavar="X", help="of the capacity of one that decodes (1.35)"
     )
     parser.add_argument("--slack", type=float, default=5.0, metavar="X", help="target: times a request alone (5)")
     parser.add_argument("--switches", type=positive, default=10, metavar="N", help="on the idle fleet (10)")
