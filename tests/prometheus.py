@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -83,6 +85,13 @@ class Prometheus:
         """Every target was scraped, and the last scrape of each went well."""
         targets = self.api("targets")["activeTargets"]
         return bool(targets) and all(one["health"] == "up" for one in targets)
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ from vllm_suite.handoff import Refusal
 from vllm_suite.metrics.table import SeriesSpec, one_of, within
 
 REFUSAL = one_of("reason", *Refusal)
+DEADLINES = ("pull_timeout", "claim_timeout", "lease_lost")
+"""Reasons of a prompt computed by decode that say that a hand-over was too slow."""
 _KV_RECOMPUTES = "reasons of a refusal, and what a pull failed of in `vllm_disagg.worker`"
 _FAULTS = "names in the code, with the class of an exception"
 PEER = within("peer", "instance ids, 1024 at most, then `other`")

@@ -25,8 +25,9 @@ _KIND = one_of("kind", *_KINDS)
 _PATH = one_of("path", "direct", "disaggregated")
 _INSTANCE = within("instance", "ids of members; gone with the member")
 _ROLE = one_of("role", "encode", "prefill", "decode", "any")
+VERDICT = one_of("verdict", "good", "late", "slow", "failed", "unknown")
 _MODEL = within("model", "models that members serve, and `other`")
-_BAND = (one_of("quantile", "0.5", "0.99"), one_of("bound", "low", "middle", "high"))
+_BAND = (one_of("share", "0.5", "0.99"), one_of("bound", "low", "middle", "high"))
 _MODALITY = one_of("modality", "image", "video", "audio")
 _WHOLE = (
     "prefill", "disabled", "short", "no_prefill", "cached", "unparsed", "malformed", "prompt_embeds", "batch",
@@ -139,7 +140,7 @@ ROUTER: tuple[SeriesSpec, ...] = (
         "those after it; failed: 5xx, 429 or broken off; unknown: the length of the answer is not known. Goodput is "
         "good ones over all but unknown ones.",
         _MODEL,
-        one_of("verdict", "good", "late", "slow", "failed", "unknown"),
+        VERDICT,
     ),
     _seconds(
         "stage",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from vllm_suite.metrics.connectors import DEADLINES
+
 R = "vllm_suite_router"
 When = Literal["always", "disagg", "epd", "swiftkv", "dler", "slo", "predicted", "controller"]
 
@@ -70,7 +72,7 @@ def _burn(factor: float, short: str, long: str, severity: str) -> Alert:
 
 def _left(time: str, share: str) -> str:
     measured = f"histogram_quantile({share}, sum by (le) (rate({R}_{time}_seconds_bucket{{FLEET}}[10m])))"
-    promised = f'max({R}_predicted_{time}_seconds{{quantile="{share}",bound=~"middle|high",FLEET}})'
+    promised = f'max({R}_predicted_{time}_seconds{{share="{share}",bound=~"middle|high",FLEET}})'
     return f"{measured} > {promised}"
 
 
@@ -125,9 +127,9 @@ ALERTS: tuple[Alert, ...] = (
     ),
     Alert(
         "VllmSuiteTransferDeadlineMissed",
-        'sum(increase(vllm_suite_kv_recomputes_total{reason="pull_timeout",FLEET}[10m])) > 0',
-        "KV blocks did not arrive within pull_timeout_s",
-        "Decode computed these prompts itself. One instance that hangs, or a network that is full: compare "
+        f'sum(increase(vllm_suite_kv_recomputes_total{{reason=~"{"|".join(DEADLINES)}",FLEET}}[10m])) > 0',
+        "KV blocks did not arrive in time",
+        "Decode computed these prompts itself. One prefill instance that hangs, or a network that is full: compare "
         "vllm_suite_kv_pull_seconds by peer.",
         when="disagg",
     ),

@@ -28,7 +28,7 @@ def _held(name: str, title: str) -> Panel:
             Query(quantile(0.5, f"{R}_{name}_seconds"), "p50"),
             Query(quantile(0.99, f"{R}_{name}_seconds"), "p99"),
             Query(greatest(f"{R}_slo_{name}_seconds"), "target"),
-            Query(greatest(promised, "quantile, bound"), "plan {{quantile}} {{bound}}"),
+            Query(greatest(promised, "share, bound"), "plan {{share}} {{bound}}"),
         ),
         "s",
         description="Of streamed answers. Buckets end at the target and at what was promised.",

@@ -29,7 +29,10 @@ class Targets:
         return found + [seconds for _, _, seconds in self.predicted_s(time)]
 
     def predicted_s(self, time: str) -> Iterator[tuple[str, str, float]]:
-        """Quantile, bound (low, middle, high) and seconds of what was predicted of `ttft` or `tpot`."""
+        """Share (0.5, 0.99), bound (low, middle, high) and seconds of what was predicted of `ttft` or `tpot`.
+
+        As a label it is `share`: promtool keeps `quantile` for summaries.
+        """
         times = None if self.predicted is None else getattr(self.predicted, time)
         if times is None:
             return

@@ -5,6 +5,7 @@ A request is looked at once, when it has ended: nothing is done for each token.
 
 from __future__ import annotations
 
+from vllm_suite.metrics.router import VERDICT
 from vllm_suite.router.job import Job
 from vllm_suite.router.lengths import SEVERAL, measure
 from vllm_suite.router.members import Pool
@@ -22,20 +23,19 @@ class Times:
         self._ttft_s = None if slo.ttft is None else slo.ttft / 1000
         self._tpot_s = None if slo.tpot is None else slo.tpot / 1000
         self._counts = slo.ttft is not None or slo.tpot is not None
+        self._models: set[str] = set()
         self._pool = pool
         self._metrics = metrics
 
     def turned_away(self) -> None:
         """A request was refused for want of room: a failed one."""
-        if self._counts:
-            self._metrics.count("slo_requests", _OTHER, "failed")
+        self._judged(_OTHER, "failed")
 
     def ended(self, job: Job, status: int) -> None:
         """A request was answered. What the client did wrong itself (4xx) says nothing of the fleet."""
         answer, metrics = job.answer, self._metrics
         if status >= 500 or status == 429 or (status == 200 and (answer is None or not answer.ended)):
-            if self._counts:
-                metrics.count("slo_requests", self._model(job), "failed")
+            self._judged(self._model(job), "failed")
             return
         if status != 200 or answer is None:
             return
@@ -56,7 +56,17 @@ class Times:
                 metrics.observe(tpot, "tpot_seconds", model)
         if self._counts:
             verdict = self._whole(sum(laps.values()), tokens) if ttft is None else self._streamed(ttft, tpot, tokens)
-            metrics.count("slo_requests", model, verdict)
+            self._judged(model, verdict)
+
+    def _judged(self, model: str, verdict: str) -> None:
+        if not self._counts:
+            return
+        if model not in self._models:
+            # All of them from now on: where no request is good, the share of good ones is 0 and has to be seen.
+            self._models.add(model)
+            for one in VERDICT.values:
+                self._metrics.add(0, "slo_requests", model, one)
+        self._metrics.count("slo_requests", model, verdict)
 
     def _streamed(self, ttft: float, tpot: float | None, tokens: int) -> str:
         if self._ttft_s is not None and ttft > self._ttft_s:

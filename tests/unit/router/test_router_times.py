@@ -29,7 +29,7 @@ def verdicts(metrics: RouterMetrics) -> dict[str, int]:
             if sample.name == "vllm_suite_router_slo_requests_total":
                 assert sample.labels["model"] in ("tiny", "other")
                 found[sample.labels["verdict"]] += int(sample.value)
-    return found
+    return +found
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ async def test_targets_and_predictions_are_exported(instance: StartInstance, ser
     }
     router = await serve([await instance()], slo={"ttft": "333ms"}, predicted=predicted)
     assert router.value("slo_ttft_seconds") == 0.333
-    assert router.value("predicted_ttft_seconds", quantile="0.99", bound="high") == 0.789
-    assert router.value("predicted_tpot_seconds", quantile="0.5", bound="middle") == 0.011
+    assert router.value("predicted_ttft_seconds", share="0.99", bound="high") == 0.789
+    assert router.value("predicted_tpot_seconds", share="0.5", bound="middle") == 0.011
     assert router.value("predicted_requests_per_second") == 2.5
     await router.post(BODY)
     await router.until(lambda: router.value("ttft_seconds_count", model="tiny") == 1)
