@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import kmock
 import pytest
+from aiohttp import web
 from kube_emulator import ApiServer
 
 from vllm_suite.kube.client import Kube, KubeError, NotInCluster
@@ -69,3 +73,44 @@ def test_in_cluster_says_what_is_missing(tmp_path: Path) -> None:
         Kube.in_cluster({}, tmp_path)
     with pytest.raises(NotInCluster, match="automountServiceAccountToken"):
         Kube.in_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, tmp_path)
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Path:
+    """What the kubelet puts into a pod: token, namespace, and the CA of the API server, here with its key beside it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
+         "-subj", "/CN=api", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "ca.crt"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    (tmp_path / "token").write_text("first\n")
+    (tmp_path / "namespace").write_text("prod")
+    return tmp_path
+
+
+async def test_a_pod_speaks_tls_and_sends_the_token_of_now(account: Path) -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"path": request.path, "sent": request.headers.get("Authorization")})
+
+    app = web.Application()
+    app.router.add_get("/{tail:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(account / "ca.crt", account / "key.pem")
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+    port = runner.addresses[0][1]
+    kube = Kube.in_cluster({"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(port)}, account)
+    first = await kube.get(LEASES, "a")
+    assert first == {"path": "/apis/coordination.k8s.io/v1/namespaces/prod/leases/a", "sent": "Bearer first"}
+    (account / "token").write_text("second")
+    assert (await kube.get(LEASES, "a"))["sent"] == "Bearer second"
+    # A server with a certificate that the cluster's CA did not sign gets no token.
+    stranger = Kube(f"https://127.0.0.1:{port}", "prod", account / "token", ssl.create_default_context())
+    with pytest.raises(KubeError, match="certificate"):
+        await stranger.get(LEASES, "a")
+    await kube.close()
+    await stranger.close()
+    await runner.cleanup()
