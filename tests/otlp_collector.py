@@ -23,6 +23,7 @@ class Seen:
     parent: str
     kind: int
     failed: bool
+    said: str
     attributes: dict[str, Any]
     events: tuple[str, ...]
 
@@ -49,6 +50,7 @@ class Collector:
                         parent=span.parent_span_id.hex(),
                         kind=span.kind,
                         failed=span.status.code == 2,
+                        said=span.status.message,
                         attributes=values(span.attributes),
                         events=tuple(event.name for event in span.events),
                     )

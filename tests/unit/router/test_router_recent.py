@@ -40,6 +40,7 @@ def test_it_is_bounded() -> None:
         recent.note("recovery", "decode_retry", "connect", f"d-{index % (2 * LIMIT)}")
         now[0] += 2 * AGAIN_S
     assert len(recent.rows()) == LIMIT
+    assert len(recent._rows) + len(recent._closed) <= 2 * LIMIT
     assert recent.rows()[0].last == now[0] - 2 * AGAIN_S
 
 

@@ -94,6 +94,7 @@ async def test_failed_attempts_are_spans_without_words(instance, serve):
         await flush(router)
         failed = {span.name for span in collector.spans if span.failed}
         assert failed == {"prefill", "decode", "vllm_suite.request completions"}
+        assert {span.said for span in collector.spans if span.failed} == {"status", ""}
         assert not any("127.0.0.1" in str(span) for span in collector.spans)
 
 

@@ -68,6 +68,8 @@ async def test_it_shows_what_the_router_says(page: Page) -> None:
             "320 ms (280 ms to 380 ms) 431 ms slower", "the load is above it", "llm-prefill-0 llm-decode-2 KV 9.3 MB/s",
         ):  # fmt: skip
             assert said in " ".join(text.split()), said
+        marks = "[...document.querySelectorAll('.band b')].map((mark) => mark.hidden)"
+        assert await page.js(marks) == [row.measured is None for row in answer.plan.rows]
         # The next look shows the next state, and nothing of the one before.
         served.state.answer = msgspec.structs.replace(
             answer, health="ok", headline="All 3 instances ready", time=answer.time + 1, plan=None, events=[],
