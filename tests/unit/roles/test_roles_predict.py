@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from vllm_suite.roles.predict import PredictError, Predictor
 from vllm_suite.roles.seen import Seen, Work
 from vllm_suite.roles.traffic import Observer, Traffic
 
+ROOT = Path(__file__).parents[3]
 CAN = ("prefill", "decode", "any")
 
 
@@ -155,3 +158,30 @@ def test_it_says_what_is_missing() -> None:
         with pytest.raises(PredictError, match=text):
             Predictor(FleetSpec.model_validate({**data, "roles": {"rule": "goodput", "predict": predict}}))
     assert math.isnan(Foresee(Predictor(fleet()), fleet().roles.predict).figures().get("demand", math.nan))  # type: ignore[arg-type]
+
+
+def test_measured_steps_of_a_real_engine_decide(tmp_path: Path) -> None:
+    """The calibration that `planner_cpu` recorded on two cores; its engine's own settings hold where none are given."""
+    recorded = json.loads((ROOT / "benchmarks/results/planner_cpu.cpu-2core.json").read_text())["calibration"]
+    (tmp_path / "engine.json").write_text(json.dumps(recorded))
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "num_hidden_layers": 4,
+              "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 1024,
+              "max_position_embeddings": 2048, "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = FleetSpec.model_validate({
+        "model": str(tmp_path),
+        "pools": {"any": {"replicas": 3}},
+        "roles": {
+            "rule": "goodput",
+            "limits": {"decode": {"max_num_seqs": 4}},
+            "predict": {"hardware": "3xCPU-2CORE", "source": f"calibrated={tmp_path / 'engine.json'}", "window": 10},
+        },
+    })  # fmt: skip
+    predictor = Predictor(spec)
+    assert (predictor._pools["prefill"].max_num_seqs, predictor._pools["decode"].max_num_seqs) == (16, 4)
+    assert predictor._pools["decode"].kv_blocks == 1024
+    rule = Foresee(predictor, spec.roles.predict)  # type: ignore[arg-type]
+    prompts, answers = Traffic(100.0, 1500, 4, 0, 2), Traffic(100.0, 40, 160, 0, 4)
+    assert decided(rule, prompts, 1, 2) == Switch("decode", "prefill")
+    assert decided(rule, answers, 2, 1) == Switch("prefill", "decode")
+    assert decided(rule, prompts, 2, 1) is decided(rule, answers, 1, 2) is None
