@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,20 @@ def test_an_image_volume_needs_a_cluster_that_has_them() -> None:
     with pytest.raises(helm_python.HelmError, match=r"1\.33 or later"):
         files(values, "v1.32.0")
     assert render(values, "v1.34.0")
+
+
+def test_helm_would_install_it() -> None:
+    """Helm's own installation up to the API server: order, hooks and notes."""
+    with contextlib.closing(helm_python.Config(storage_driver="memory")) as config:
+        release = config.install(
+            helm_python.Chart.load(str(CHART)), "llm", CASES["switching"], namespace="prod", dry_run="client"
+        )
+    kinds = [found["kind"] for found in yaml.safe_load_all(release["manifest"]) if found]
+    first = kinds.index("Deployment")
+    for kind in ("NetworkPolicy", "ServiceAccount", "Secret", "ConfigMap", "Role", "RoleBinding", "Service"):
+        assert kinds.index(kind) < first, kind
+    assert "Pod" not in kinds  # the test is a hook
+    assert "helm test llm -n prod" in release["notes"]
 
 
 def test_the_packaged_chart_keeps_its_schema(tmp_path: Path) -> None:
