@@ -101,6 +101,7 @@ def test_foreign_routes_stay_closed(server: Server) -> None:
 
 def test_load_follows_the_requests(server: Server) -> None:
     body = {"model": "tiny", "prompt": [20] * 300, "max_tokens": 300, "ignore_eos": True}
+    before = wait(server, lambda s: s["load"]["running"] == 0, 10)["work"]
     with ThreadPoolExecutor(8) as pool:  # two and more wait for so long that a state asked for between sees it
         answers = [pool.submit(server.request, "/v1/completions", KEY, body) for _ in range(8)]
         busy = wait(server, lambda s: s["load"]["running"] == 1 and s["load"]["waiting"] >= 2, 30)
@@ -109,6 +110,11 @@ def test_load_follows_the_requests(server: Server) -> None:
         assert [answer.result(120)[0] for answer in answers] == [200] * 8
     idle = wait(server, lambda s: s["load"]["running"] == 0, 10)
     assert (idle["load"]["waiting"], idle["load"]["waiting_tokens"]) == (0, 0)
+    # What the controller of role switching takes rates and lengths from.
+    after = idle["work"]
+    done = {name: after[name] - before.get(name, 0) for name in after if name != "arrived"}
+    assert done == {"finished": 8, "prompt_tokens": 8 * 300, "output_tokens": 8 * 300, "generated": 8 * 300}
+    assert after["arrived"]["unknown"] - before["arrived"]["unknown"] == 8
 
 
 def test_an_engine_that_does_not_answer_is_not_ready(server: Server) -> None:
