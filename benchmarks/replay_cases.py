@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from replay_engine import Client, EngineSettings
+from replay_steps import AffineSteps
 from replay_traces import Row
 from replay_workload import Arrivals, Room
-
-from vllm_suite.planner.latency import AffineSteps
 
 # An invented machine of the speed of one large GPU with a small model: it ranks policies and is no GPU result.
 STEPS = AffineSteps(step=9e-3, per_sequence=20e-6, per_kv_token=22e-9, per_prefill_token=22e-6)

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from replay_steps import StepTimes
 from replay_traces import Row
 from replay_workload import Room
 
-from vllm_suite.planner.latency import Batch, LatencySource
+from vllm_suite.planner.sources.steps import Steps, pairs
 
 EOS = 2
 FIRST_FILLER = 3
@@ -194,15 +195,16 @@ class Worker:
         self._reached = [0] * len(rows)
         self.recomputed = 0
 
-    def begin(self, scheduler: Any, orders: Any) -> tuple[Batch, list[str], list[bool]]:
+    def begin(self, scheduler: Any, orders: Any) -> tuple[Steps, list[str], list[bool]]:
         """Take one step's orders, right after `schedule()` gave them.
 
-        Returns: the batch, the requests in it, and for each whether the step gives it a token.
+        Returns: what it computes, the requests in it, and for each whether the step gives it a token.
         Raises WorkerError for orders that break the configuration.
         """
         requests = scheduler.requests
         reached = self._reached
-        kv_tokens = prefill = total = 0
+        chunks = prefill = before = decoding = context = total = 0
+        attended = 0.0
         samples: list[bool] = []
         for name, count in orders.num_scheduled_tokens.items():
             request = requests[name]
@@ -217,13 +219,16 @@ class Worker:
             else:
                 self.recomputed += count
             if count > 1 or end <= request.num_prompt_tokens:
-                prefill += count
-            kv_tokens += end
+                chunks, prefill, before = chunks + 1, prefill + count, before + end - count
+                attended += pairs(count, end - count)
+            else:
+                decoding, context = decoding + 1, context + end
             total += count
             samples.append(not request.is_prefill_chunk)
         if total > self._settings.batched_tokens or len(samples) > self._settings.room.seqs:
             raise WorkerError(f"{total} tokens of {len(samples)} sequences in one step")
-        return Batch(prefill, len(samples), kv_tokens), list(orders.num_scheduled_tokens), samples
+        steps = Steps(prefill, chunks, before, attended, decoding, context)
+        return steps, list(orders.num_scheduled_tokens), samples
 
     def finish(self, names: list[str], samples: list[bool]) -> Any:
         """The step's result as the scheduler takes it."""
@@ -254,9 +259,7 @@ class Client:
     finished: Callable[[Row], None] | None = None
 
 
-def replay(
-    rows: Sequence[Row], settings: EngineSettings, latency: LatencySource, client: Client | None = None
-) -> Outcome:
+def replay(rows: Sequence[Row], settings: EngineSettings, latency: StepTimes, client: Client | None = None) -> Outcome:
     """Serve `rows` to the last one. Arrival times count from 0 on the virtual clock.
 
     With `settings.ahead` a step is scheduled while the one before it computes, as vLLM's asynchronous scheduling does.
@@ -275,7 +278,7 @@ def replay(
     result = Outcome([0.0] * count, [0.0] * count, [0] * count)
     arrived = done = idle = 0
     live: dict[int, Any] = {}
-    flying: deque[tuple[Any, Batch, list[str], list[bool]]] = deque()
+    flying: deque[tuple[Any, Steps, list[str], list[bool]]] = deque()
     cpu = time.thread_time
     while done < count:
         while arrived < count and (rows[arrived].arrival_s or 0.0) <= now:
@@ -298,8 +301,8 @@ def replay(
             if arrived < count:
                 now = max(now, rows[arrived].arrival_s or 0.0)
             continue
-        orders, batch, names, samples = flying.popleft()
-        seconds = latency.step_seconds(batch)
+        orders, steps, names, samples = flying.popleft()
+        seconds = latency.step_seconds(steps)
         now += seconds
         busy += seconds
         report = worker.finish(names, samples)

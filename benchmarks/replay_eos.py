@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
@@ -13,16 +14,20 @@ LENGTHS: dict[tuple[int, ...], int] = {}
 
 
 class EndAtLength(LogitsProcessor):
-    """Forbids EOS before a request's last token and forces it there."""
+    """Forbids EOS before a request's last token and forces it there.
+
+    `lengths`: see `LENGTHS`, which this process fills; a subclass may have others. A request that is not in it fails.
+    """
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
+        self.lengths: Mapping[tuple[int, ...], int] = LENGTHS
         self._rows: dict[int, tuple[int, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._rows, batch_update, _length)
+        process_dict_updates(self._rows, batch_update, self._length)
 
     def apply(self, logits: Any) -> Any:
         ending = [row for row, (length, output) in self._rows.items() if len(output) >= length - 1]
@@ -32,6 +37,6 @@ class EndAtLength(LogitsProcessor):
             logits[ending, EOS] = 0.0
         return logits
 
-
-def _length(params: Any, prompt: list[int] | None, output: list[int]) -> tuple[int, list[int]]:
-    return LENGTHS[tuple((prompt or [])[:2])], output
+    def _length(self, params: Any, prompt: list[int] | None, output: list[int]) -> tuple[int, list[int]] | None:
+        """Tokens of a request and its output so far; None for one that is left alone."""
+        return self.lengths[tuple((prompt or [])[:2])], output

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from replay_steps import AffineSteps
 from replay_traces import SERVEGEN_LENGTHS_S, SERVEGEN_WINDOW_S, Client, Row, read_rows, read_servegen
-
-from vllm_suite.planner.latency import AffineSteps
 
 DAY_S = 86400
 

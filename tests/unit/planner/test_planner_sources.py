@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from vllm_suite.planner.hardware import cluster
-from vllm_suite.planner.latency import AffineSteps
 from vllm_suite.planner.models import Model, ModelError, Parallel, Quantization, load, prefill_only, with_swiftkv
 from vllm_suite.planner.sources.base import LatencySource, Outside, SourceError
 from vllm_suite.planner.sources.efficiency import Efficiency
@@ -50,9 +49,6 @@ def test_the_sums_of_a_step() -> None:
     steps = Steps.of(chunks=[(3, 0), (2, 10)], contexts=[5, 9])
     assert steps == Steps(5, 2, 10, 1 + 2 + 3 + 11 + 12, 2, 14, 9, 5)
     assert (steps.tokens, steps.sequences, steps.kv_tokens) == (7, 4, 29)
-    # A cost model of batches takes steps as they are.
-    cost = AffineSteps(step=1.0, per_sequence=0.1, per_kv_token=0.01, per_prefill_token=0.001)
-    assert cost.step_seconds(steps) == pytest.approx(1 + 0.4 + 0.29 + 0.005)  # type: ignore[arg-type]
 
 
 def test_a_line_of_decode_steps() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from replay_steps import AffineSteps
 from replay_workload import Room
-
-from vllm_suite.planner.latency import AffineSteps
 
 ROOM = Room(blocks=200, seqs=4)
 STEPS = AffineSteps(step=9e-3, per_sequence=20e-6, per_kv_token=22e-9, per_prefill_token=22e-6)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from replay_engine import EngineSettings, Worker, _hasher, make_request, make_scheduler
+from replay_steps import AffineSteps
 from replay_traces import Row
 from replay_workload import Room
 from test_replay_simulator import Affine
 
-from vllm_suite.planner.latency import AffineSteps
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.engine import Limits
 from vllm_suite.planner.simulator.handover import Event
@@ -29,7 +29,7 @@ class Flat(Affine):
     """The same step times for the simulator."""
 
     def step_seconds(self, steps: Steps) -> float:
-        return STEPS.step_seconds(steps)  # type: ignore[arg-type]
+        return float(STEPS.step_seconds(steps))
 
 
 class PullingConnector:

@@ -56,7 +56,7 @@ class Affine(LatencySource):
     name, uncertainty, outside = "affine", Uncertainty(0.0, "by definition"), Outside("refuse")
 
     def step_seconds(self, steps: Steps) -> float:
-        return STEPS.step_seconds(steps)  # type: ignore[arg-type]
+        return float(STEPS.step_seconds(steps))
 
     def seconds(self, steps: Steps) -> FloatArray:
         return np.array(self.step_seconds(steps))

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 from replay_engine import EngineSettings, replay
+from replay_steps import AffineSteps
 from replay_traces import Row
 from replay_workload import Room
 
-from vllm_suite.planner.latency import AffineSteps
 from vllm_suite.planner.simulator.engine import Limits
 from vllm_suite.planner.simulator.jobs import Job
 from vllm_suite.planner.simulator.pool import simulate
@@ -27,7 +27,7 @@ class Affine(LatencySource):
     name, uncertainty, outside = "affine", Uncertainty(0.0, "by definition"), Outside("refuse")
 
     def step_seconds(self, steps: Steps) -> float:
-        return STEPS.step_seconds(steps)  # type: ignore[arg-type]
+        return float(STEPS.step_seconds(steps))
 
     def seconds(self, steps: Steps) -> FloatArray:
         return np.array(self.step_seconds(steps))

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 class Steps(NamedTuple):
     """One engine step, or many: numbers, or arrays of one shape. All at least 0.
 
-    Sums over sequences suffice, and a scheduler can keep them up to date without a loop over its sequences. The names
-    `prefill_tokens`, `sequences` and `kv_tokens` are those of `vllm_suite.planner.latency.Batch`, so a cost model of
-    batches takes steps as they are.
+    Sums over sequences suffice, and a scheduler can keep them up to date without a loop over its sequences.
 
     Attributes:
         prefill_tokens: tokens of prompt chunks, and of contexts computed again after a preemption.
