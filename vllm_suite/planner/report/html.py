@@ -62,10 +62,12 @@ def write_html(
     assert series is not None
     best = found.best.found
     curves = {name: _curve(case, plan, best.goodput, sample, deadline) for name, plan in plans.items()}
+    said = (f"Latency at {found.rate:.4g} requests/s. No plan beats the named ones in rate, latency and energy; J is"
+            " energy for each token.")  # fmt: skip
     sections = [
         Section("Report", text=text),
         Section("Plans", svg=pictures.svg(pictures.pareto(_marks(result, found), "goodput (requests/s)",
-                "mean latency (s)")), caption=f"Latency at {found.rate:.4g} requests/s."),
+                "mean latency (s)")), caption=said),
         Section("Share of requests within the targets", svg=pictures.svg(pictures.attainment(
                 {name: curve for name, curve in curves.items() if curve}, case.slo.attainment)),
                 caption=f"Bands are 95 % intervals.{_cut(deadline)}"),
@@ -102,8 +104,10 @@ def _marks(result: SearchResult, found: Study) -> list[pictures.Mark]:
     latency = {each.plan: each.at_rate.latency for each in result.ranked() if each.at_rate is not None}
     compared = [each for each in (found.best, found.colocated, found.disaggregated, *found.front) if each is not None]
     latency |= {each.found.plan: each.outcome.latency.mean for each in compared if each.outcome is not None}
+    joules = {each.found.plan: f" ({each.outcome.joules_per_token:.3g} J)" for each in found.front
+              if each.outcome is not None and each.outcome.joules_per_token is not None}  # fmt: skip
     return [
-        pictures.Mark(each.plan.name, each.goodput, latency[each.plan], each.plan in front)
+        pictures.Mark(each.plan.name + joules.get(each.plan, ""), each.goodput, latency[each.plan], each.plan in front)
         for each in result.ranked()
         if each.plan in latency and each.goodput == each.goodput
     ]

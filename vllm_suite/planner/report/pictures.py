@@ -58,7 +58,7 @@ def _figure(width: float = 6.4, height: float = 3.8, rows: int = 1, columns: int
 
 
 def pareto(marks: Sequence[Mark], x: str, y: str) -> Figure:
-    """Plans by two objectives, those of the front named and joined.
+    """Plans by two objectives, those of the front named. Nothing is joined: a third objective may have put one there.
 
     Args:
         x, y: what they are, with the unit; more of `x` is better, less of `y`.
@@ -69,18 +69,18 @@ def pareto(marks: Sequence[Mark], x: str, y: str) -> Figure:
     )  # fmt: skip
     if others:
         axes.scatter([mark.x for mark in others], [mark.y for mark in others], s=14, color="#b5b5b5", label="others")
-    axes.plot(
-        [mark.x for mark in front], [mark.y for mark in front], "-o", color=_COLOURS[0], ms=5, label="no plan beats"
-    )
-    for index, mark in enumerate(front):
+    places = [mark.x for mark in front], [mark.y for mark in front]
+    axes.plot(*places, "o", color=_COLOURS[0], ms=5, label="no plan beats these")
+    middle = (min(mark.x for mark in marks) + max(mark.x for mark in marks)) / 2 if marks else 0.0
+    for mark in front:
         # Names stay inside: those of the right half end at their mark.
-        right = index >= (len(front) + 1) // 2
+        right = mark.x > middle
         axes.annotate(mark.name, (mark.x, mark.y), xytext=(-6 if right else 6, 6), textcoords="offset points",
                       fontsize=7, ha="right" if right else "left")  # fmt: skip
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(0.12)
-    axes.legend(loc="best", fontsize=8, frameon=False)
+    _below(figure, axes)
     return figure
 
 
@@ -121,7 +121,7 @@ def distributions(collectors: Mapping[str, Collector], slo: Slo) -> Figure:
         axes.set_ylim(0, 1.02)
         axes.set_xlabel(f"{metric.upper()} (ms)")
         axes.set_ylabel("share of requests")
-    pair[-1].legend(loc="lower right", fontsize=8, frameon=False)
+    _below(figure, pair[-1])
     return figure
 
 
@@ -140,9 +140,16 @@ def pools(series: PoolSeries) -> Figure:
         other.set_ylabel("sequences")
         other.set_ylim(bottom=0)
         other.grid(visible=False)
-    rows[0].legend(loc="upper left", fontsize=7, ncols=2)
     rows[-1].set_xlabel("seconds")
+    _below(figure, rows[0], other)
     return figure
+
+
+def _below(figure: Figure, *axes: Any) -> None:
+    """One legend under the picture, where it hides nothing."""
+    pairs = [each.get_legend_handles_labels() for each in axes]
+    handles, labels = ([one for pair in pairs for one in pair[place]] for place in (0, 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def svg(figure: Figure) -> str:

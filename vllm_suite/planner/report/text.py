@@ -228,20 +228,29 @@ def _front(case: Case, found: Study) -> Iterator[str]:
     yield f"Plans that none beats in highest rate, latency and energy together, at {found.rate:.4g} requests/s:"
     priced = any(each.outcome is not None and each.outcome.money_per_million is not None for each in found.front)
     rows = [["plan", "highest rate", "mean latency", "J/token", *(["money/M tokens"] if priced else [])]]
+    names = [each.found.plan.name for each in found.front]
     for each in found.front:
-        outcome = each.outcome
+        outcome, name = each.outcome, each.found.plan.name
+        if names.count(name) > 1:
+            name += f" ({_limits(each.found.plan)})"
         rate = "-" if math.isnan(each.found.goodput) else f"{each.found.goodput:.4g}/s"
         if outcome is None:
-            rows.append([each.found.plan.name, rate, *["-"] * (len(rows[0]) - 2)])
+            rows.append([name, rate, *["-"] * (len(rows[0]) - 2)])
             continue
         joules = "-" if outcome.joules_per_token is None else f"{outcome.joules_per_token:.3g}"
         money = "-" if outcome.money_per_million is None else f"{outcome.money_per_million:.3g}"
-        row = [each.found.plan.name, rate, _time(outcome.latency.mean), joules]
+        row = [name, rate, _time(outcome.latency.mean), joules]
         rows.append([*row, money] if priced else row)
     yield from _indent(_table(rows))
     if not priced:
         yield (f"  no cost in money: {case.cluster.device.name} has no price here; give one in a file of your own,"
                " --hardware FILE with price_per_hour")  # fmt: skip
+
+
+def _limits(plan: Plan) -> str:
+    """What tells plans of equal cuts apart."""
+    return " | ".join(f"{pool.max_num_seqs} seqs, {pool.max_num_batched_tokens} tokens" for pool in plan.pools
+                      if pool.role != "encode")  # fmt: skip
 
 
 def _searched(result: SearchResult) -> Iterator[str]:
