@@ -134,6 +134,7 @@ def test_the_steady_part_of_a_batch_is_where_all_decode() -> None:
     assert steady_gap([first, second]) == pytest.approx(0.1)
     late = Timed(8, at=[2.0 + 0.2 * step for step in range(10)])
     assert steady_gap([late]) == pytest.approx(0.2)
+    assert steady_gap([first, Timed(8, at=[5.0 + 0.1 * step for step in range(10)])]) is None
 
 
 def test_the_validation_reads_a_result() -> None:

@@ -38,7 +38,7 @@ async def first_tokens_under_load(client: Client, probe: Probe, gap_s: float) ->
     """
     draw = random.Random(probe.seed + 3)
     sizes, found = probe.prompts[:3], list[tuple[int, float]]()
-    for _ in range(max(2, probe.repeats // 2)):
+    for _ in range(probe.rounds):
         streams = [Ask(probe.draw(draw, probe.batch_prompt), STREAM) for _ in range(probe.width)]
         background = asyncio.ensure_future(client.send(streams))
         try:

@@ -39,6 +39,11 @@ class Probe:
     seed: int = 0
     pause_s: tuple[float, float] = (0.2, 0.6)
 
+    @property
+    def rounds(self) -> int:
+        """How often what takes longer is repeated."""
+        return max(2, self.repeats // 2)
+
     def draw(self, draw: random.Random, size: int) -> tuple[int, ...]:
         """A prompt."""
         return tuple(draw.choices(self.token_ids, k=size))

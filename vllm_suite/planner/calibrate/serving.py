@@ -43,19 +43,31 @@ async def first_tokens(client: Client, probe: Probe) -> dict[int, list[float]]:
 
 
 async def batch_gaps(client: Client, probe: Probe) -> dict[int, list[float]]:
-    """Seconds between tokens while so many requests decode on each engine, in random order."""
+    """Seconds between tokens while so many requests decode on each engine, in random order.
+
+    Raises:
+        ServedError: streams of less than two sizes were ever all at work at once.
+    """
     draw = random.Random(probe.seed + 1)
-    order = [size for size in probe.batches for _ in range(max(2, probe.repeats // 2))]
+    order = [size for size in probe.batches for _ in range(probe.rounds)]
     draw.shuffle(order)
     found: dict[int, list[float]] = {size: [] for size in probe.batches}
     for size in order:
         asks = [Ask(probe.draw(draw, probe.batch_prompt), probe.output) for _ in range(size * probe.width)]
-        found[size].append(steady_gap(await client.send(asks)))
-    return found
+        gap = steady_gap(await client.send(asks))
+        if gap is not None:
+            found[size].append(gap)
+    seen = {size: gaps for size, gaps in found.items() if gaps}
+    if len(seen) < 2:
+        raise ServedError(
+            f"streams of {probe.output} tokens were never all at work at once, but for {len(seen)} of the"
+            f" {len(found)} sizes {', '.join(map(str, found))}: other work takes the machine's cores"
+        )
+    return seen
 
 
-def steady_gap(answers: Sequence[Timed]) -> float:
-    """The mean gap while all of them decode; the mean over the requests."""
+def steady_gap(answers: Sequence[Timed]) -> float | None:
+    """The mean gap while all of them decode; the mean over the requests. None where that is no two gaps long."""
     begun = max(each.at[EDGE] for each in answers)
     ended = min(each.at[-1] for each in answers)
     gaps = []
@@ -63,7 +75,7 @@ def steady_gap(answers: Sequence[Timed]) -> float:
         inside = [at for at in each.at if begun <= at <= ended]
         if len(inside) > 2:
             gaps.append((inside[-1] - inside[0]) / (len(inside) - 1))
-    return statistics.fmean(gaps)
+    return statistics.fmean(gaps) if gaps else None
 
 
 def fit_serving(
@@ -179,7 +191,7 @@ async def measure_fleet(
         after = await _pulls(fleet) if handed_over else (0.0, 0.0)
         shared_cpu = fleet.shared_cpu_s()
         gaps = await batch_gaps(client, probe)
-        tokens = sum(map(len, gaps.values())) / len(gaps) * sum(probe.batches) * width * probe.output
+        tokens = probe.rounds * sum(probe.batches) * width * probe.output
         shared = (fleet.shared_cpu_s() - shared_cpu) / tokens
         loaded = await first_tokens_under_load(client, probe, statistics.median(gaps[min(gaps)]))
     prompt_cpu_s, answer_cpu_s = cpu if fleet.pinned else (0.0, 0.0)
