@@ -7,8 +7,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+from fleets import SOURCE
 
 from vllm_suite.planner.distserve.capacity import measured
+from vllm_suite.planner.hardware import cluster
 from vllm_suite.planner.models import ModelError, Parallel, Quantization, load
 from vllm_suite.planner.models.memory import (
     activation_bytes,
@@ -20,6 +22,8 @@ from vllm_suite.planner.models.memory import (
 from vllm_suite.planner.models.operations import operations, operators
 from vllm_suite.planner.models.sharding import check, on_rank, stages
 from vllm_suite.planner.models.swiftkv import with_swiftkv
+from vllm_suite.planner.plan import PoolPlan
+from vllm_suite.planner.simulator.setting import Setting
 
 BF16 = Quantization()
 
@@ -201,3 +205,16 @@ def test_models_and_hardware_need_no_numpy() -> None:
         "sys.exit(bool({'numpy', 'torch', 'vllm'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_an_engine_leaves_room_for_graphs_and_communicators() -> None:
+    def blocks(machine: str, **more: float) -> int:
+        model, quant = load("meta-llama/Llama-3.1-8B")
+        setting = Setting(model, quant, cluster(machine), lambda pool: SOURCE, **more)  # type: ignore[arg-type]
+        return setting.limits(PoolPlan("any", 1, max_num_batched_tokens=256)).blocks
+
+    # A block of 16 tokens of this model takes 2 MiB.
+    assert blocks("1xH100-SXM", runtime_bytes=0.0) - blocks("1xH100-SXM") == pytest.approx(512, abs=1)
+    assert blocks("1xH100-SXM") - blocks("1xH100-SXM", runtime_bytes=3 * 2.0**30) == pytest.approx(1024, abs=1)
+    model, quant = load("meta-llama/Llama-3.1-8B")
+    assert Setting(model, quant, cluster("1xcpu-2core"), lambda pool: SOURCE).overhead == 0

@@ -57,6 +57,12 @@ class Serving:
 
 _SERVING = Serving()
 
+RUNTIME_BYTES = 2.0**30
+"""A GPU's, where nobody measured it: the reserve of APEX's simulator (arXiv 2411.17651). Logs of vLLM that users
+published have 0.33 GiB outside PyTorch (vllm-project/vllm issue 14452), 0.36 GiB of graphs (gpustack/runner pull
+request 251), and on B300 GPUs 1.63 and 0.14 GiB.
+"""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -75,6 +81,8 @@ class Setting:
         queue: makes each engine's waiting queue; None for first come, first served.
         serving: what router and connectors do between instances.
         utilisation: share of an accelerator's memory that an engine may take (``--gpu-memory-utilization``).
+        runtime_bytes: of that, on each accelerator, what vLLM takes beside weights, activations and cache: CUDA graphs,
+            which it counts since 0.21, communicators, workspaces. None for `RUNTIME_BYTES` on a GPU, and 0 on a CPU.
     """
 
     model: Model
@@ -90,6 +98,14 @@ class Setting:
     queue: Callable[[], WaitingQueue] | None = None
     serving: Serving = _SERVING
     utilisation: float = 0.9
+    runtime_bytes: float | None = None
+
+    @property
+    def overhead(self) -> float:
+        """`runtime_bytes`, or its default."""
+        if self.runtime_bytes is not None:
+            return self.runtime_bytes
+        return RUNTIME_BYTES if self.cluster.device.kind == "gpu" else 0.0
 
     def held(self, pool: PoolPlan, *, encoder: bool = True) -> Model:
         """The model as an engine of the pool holds it: with or without encoder, without SwiftKV's late layers."""
@@ -133,6 +149,7 @@ class Setting:
                     self.cluster.device.memory_bytes,
                     utilisation=self.utilisation,
                     activations=step,
+                    overhead=self.overhead,
                     block=self.block_size,
                 )
             except ModelError as error:
