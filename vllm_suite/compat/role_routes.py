@@ -152,5 +152,5 @@ async def _short_body(request: Any) -> Any:
             return None
     try:
         return json.loads(taken)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

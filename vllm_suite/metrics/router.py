@@ -74,7 +74,7 @@ ROUTER: tuple[SeriesSpec, ...] = (
         "Requests refused by the router itself.",
         within(
             "reason",
-            "unauthorized, draining, outstanding, body_too_large, bad_body, and `media_` with a reason of "
+            "unauthorized, draining, outstanding, body_too_large, bad_body, bad_http, and `media_` with a reason of "
             "the encode stage",
         ),
     ),

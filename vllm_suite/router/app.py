@@ -30,6 +30,7 @@ from vllm_suite.router.models import list_models
 from vllm_suite.router.probe import StockProbe, SuiteProbe
 from vllm_suite.router.prompt import Endpoint
 from vllm_suite.router.relay import ClientGone
+from vllm_suite.router.server_log import BadHttp
 from vllm_suite.router.status import describe
 from vllm_suite.router.targets import Targets
 from vllm_suite.router.times import Times
@@ -105,12 +106,15 @@ class Router:
             self._chain = Chain(config, self.pool, membership, session, self.metrics, self.live, encode, lengths)
             self._session = session
             self._membership = membership
+            bad_http = BadHttp(self.metrics)
+            bad_http.install()
             await membership.start()
             ticking = asyncio.create_task(self._tick())
             try:
                 yield
             finally:
                 ticking.cancel()
+                bad_http.remove()
                 await membership.stop()
                 await encode.close()
                 if self._tracing is not None:

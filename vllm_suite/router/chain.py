@@ -71,7 +71,7 @@ class Chain:
         except StageTimeout as exc:
             return error_response(504, f"the {exc.stage} deadline passed")
         except UpstreamFailure as exc:
-            if exc.body is not None:
+            if exc.body:
                 return web.Response(status=exc.status, body=exc.body, content_type="application/json")
             retry_after_s = self._config.limits.retry_after_s if exc.status == 503 else None
             return error_response(exc.status, str(exc), retry_after_s=retry_after_s)

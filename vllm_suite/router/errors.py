@@ -9,11 +9,13 @@ from aiohttp import web
 
 # vLLM names the type after its exception where it has one and after the HTTP phrase elsewhere.
 _TYPES = {503: "ServiceUnavailableError", 500: "InternalServerError"}
+# An instance, or a proxy before it, may answer with a number that has no phrase.
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def error_bytes(status: int, message: str, param: str | None = None) -> bytes:
     """The body alone, for an event inside a stream or a whole response."""
-    kind = _TYPES.get(status) or HTTPStatus(status).phrase
+    kind = _TYPES.get(status) or _PHRASES.get(status, "Error")
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
 
 
