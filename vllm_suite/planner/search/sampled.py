@@ -70,7 +70,7 @@ def sampled(
         study.tell(trial, max(0.0, tried[key].value) if objective.goal == "goodput" else max(-1e9, tried[key].value))
         if progress is not None:
             progress(len(study.trials), trials + len(space.kinds), max(tried.values(), key=lambda each: each.value))
-    result.found = sorted(tried.values(), key=lambda each: -each.value)
+    result.found = sorted(tried.values(), key=lambda each: (-each.value, each.candidate.bound.latency))
     result.left = result.space - len(tried)
     return result
 

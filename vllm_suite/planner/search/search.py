@@ -145,7 +145,7 @@ def search(
             result.stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"{effort.seconds:g} s are over"
             result.left = result.space - run.decided
             workers.stop()
-    result.found.sort(key=lambda each: -each.value)
+    result.found.sort(key=lambda each: (-each.value, each.candidate.bound.latency))
     return result
 
 
