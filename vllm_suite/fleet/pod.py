@@ -161,16 +161,18 @@ def outlive(leader: str, limit_s: float) -> str:
     raise CheckFailed(f"after {limit_s:g} s the leader still listens")
 
 
-def pulls(decode: str, timeout_s: float) -> float:
-    """Pulls that went well, over all instances behind the name of a headless Service."""
-    parts = urlsplit(decode)
-    port = parts.port or 80
-    found = socket.getaddrinfo(parts.hostname, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
-    addresses = sorted({str(entry[4][0]) for entry in found})
-    return sum(total(ask(f"http://{one}:{port}", "/metrics", (), timeout_s), _PULLS, outcome="ok") for one in addresses)
+def pulls(decode: Sequence[str], timeout_s: float) -> float:
+    """Pulls that went well, over all instances behind the names of headless Services."""
+    urls = set()
+    for service in decode:
+        parts = urlsplit(service)
+        port = parts.port or 80
+        found = socket.getaddrinfo(parts.hostname, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
+        urls |= {f"http://{entry[4][0]}:{port}" for entry in found}
+    return sum(total(ask(url, "/metrics", (), timeout_s), _PULLS, outcome="ok") for url in sorted(urls))
 
 
-def check(router: str, decode: str | None, prompt_tokens: int, timeout_s: float) -> str:
+def check(router: str, decode: Sequence[str], prompt_tokens: int, timeout_s: float) -> str:
     """Send one long prompt through the router. With `decode` it must have gone through prefill and its KV blocks have
     been pulled. Raises CheckFailed.
     """
@@ -192,7 +194,7 @@ def check(router: str, decode: str | None, prompt_tokens: int, timeout_s: float)
     usage = json.loads(text)["usage"]
     if usage["completion_tokens"] != 16:
         raise CheckFailed(f"asked for 16 tokens, got {usage}")
-    if decode is None:
+    if not decode:
         return f"answered: {usage['prompt_tokens']} prompt tokens, 16 output tokens"
     _, after = call(connection, "/metrics", headers)
     sent = total(after, _DECISIONS, path="disaggregated") - total(before, _DECISIONS, path="disaggregated")
@@ -222,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     stay.add_argument("--limit", type=float, required=True)
     test = verbs.add_parser("check")
     test.add_argument("--router", required=True)
-    test.add_argument("--decode")
+    test.add_argument("--decode", action="append", default=[], help="where instances that decode are; several times")
     test.add_argument("--prompt-tokens", type=int, default=300)
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds for each answer; comes before the verb")
     return parser

@@ -273,6 +273,10 @@ def test_the_helm_test_asks_for_what_the_fleet_can_do() -> None:
     pod = find(render(CASES["encoders"]), "Pod", "llm-test")
     assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
     assert "--decode=http://llm-decode:8000" in pod["spec"]["containers"][0]["args"]
+    # One pool, of which the controller makes prefill and decode instances.
+    roles = fleet(pools={"any": {"replicas": 2}}, roles={"control": True, "start": {"prefill": 1, "decode": 1}})
+    switched = find(render(roles), "Pod", "llm-test")["spec"]["containers"][0]["args"]
+    assert "--decode=http://llm-any:8000" in switched
     alone = find(render(CASES["any"]), "Pod", "llm-test")["spec"]["containers"][0]["args"]
     assert not any("--decode" in word for word in alone)
 
