@@ -204,4 +204,5 @@ async def test_64_instances_fit(page: Page, width: int) -> None:
 
 def test_pictures_of_the_page_are_small() -> None:
     pictures = sorted((Path(__file__).parents[3] / "docs" / "images").glob("ui-*.png"))
+    assert [picture.name for picture in pictures] == ["ui-dark.png", "ui-light.png"]
     assert all(picture.stat().st_size < 200_000 for picture in pictures)
