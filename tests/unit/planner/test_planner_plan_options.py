@@ -115,6 +115,17 @@ def test_without_a_price_the_report_says_how_to_give_one(searched):
     assert "has no price" not in text
 
 
+def test_an_error_bar_holds_what_is_in_its_middle(searched):
+    case, result, sample = searched
+    found = studying.study(case, result, sample, 1, 0.0)
+    outcome = case.outcome(What(result.best.plan, found.rate), sample)
+    found.best = replace(found.best, outcome=outcome)
+    low, middle, high = (replace(outcome.ttft, at_share=seconds) for seconds in (0.1, 0.2, 0.4))
+    found.best = replace(found.best, outcome=replace(outcome, ttft=high))
+    found.quick, found.slow = replace(outcome, ttft=low), replace(outcome, ttft=middle)
+    assert "TTFT 100 ms to 400 ms" in report(case, result, found)
+
+
 # Sources
 
 

@@ -209,8 +209,13 @@ def _error(case: Case, found: Study) -> Iterator[str]:
         yield f"  highest rate {low:.4g} to {high:.4g} requests/s"
     slow, quick = found.slow, found.quick
     if slow is not None and quick is not None:
-        ttft = f"TTFT {_time(quick.ttft.at_share)} to {_time(slow.ttft.at_share)}"
-        tpot = f"TPOT {_time(quick.tpot.at_share)} to {_time(slow.tpot.at_share)}"
+        # A small change of all times may reorder queues: an end is never inside of what is in the middle.
+        own = found.best.outcome or slow
+        ttft, tpot = (
+            f"{name} {_time(min(times))} to {_time(max(times))}"
+            for name, times in (("TTFT", [each.ttft.at_share for each in (own, quick, slow)]),
+                                ("TPOT", [each.tpot.at_share for each in (own, quick, slow)]))
+        )  # fmt: skip
         yield f"  at {found.rate:.4g} requests/s {ttft}, {tpot} for {case.slo.attainment:.0%} of the requests;"
         least, most = f"{slow.attainment:.1%}", f"{quick.attainment:.1%}"
         yield f"  {least if least == most else f'{least} to {most}'} of them within both"
