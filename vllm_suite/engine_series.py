@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from vllm_suite.metrics import SeriesSpec
@@ -44,10 +45,14 @@ class EngineSeries:
         self._series = {name: _make(spec, classes, labelnames) for name, spec in self.specs.items()}
 
     def start_at_zero(self, names: Iterable[str]) -> None:
-        """Export these series, which have no labels of their own, from now on: rates then have a first point."""
+        """Export these series from now on, with every value of their labels, which have closed sets of them.
+
+        Rates then have a first point: of a counter that appears with its first count Prometheus sees no increase.
+        """
         for name in names:
-            for engine_idx in self._per_engine:
-                self.child(name, engine_idx)
+            sets = [label.values for label in self.specs[name].labels]
+            for engine_idx, values in product(self._per_engine, product(*sets)):
+                self.child(name, engine_idx, *values)
 
     def child(self, name: str, engine_idx: int, *values: object) -> Any:
         """The series of one engine with these label values."""

@@ -13,6 +13,7 @@ from vllm_disagg.leases import End, Ended
 from vllm_suite.compat.nixl import KVConnectorStats, NixlKVConnectorStats, NixlPromMetrics
 from vllm_suite.engine_series import EngineSeries, MetricClasses
 from vllm_suite.metrics import KV
+from vllm_suite.metrics.connectors import DEADLINES
 
 # Lists of plain values: they cross process borders as msgpack.
 _OWN = (
@@ -110,7 +111,10 @@ class SuitePromMetrics(NixlPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         classes = MetricClasses(self._counter_cls, self._gauge_cls, self._histogram_cls)
         self.series = EngineSeries(KV, classes, labelnames, per_engine_labelvalues)
-        self.series.start_at_zero(["vllm_suite_kv_leases_outstanding"])
+        self.series.start_at_zero(spec.name for spec in KV if all(label.values for label in spec.labels))
+        for reason in DEADLINES:
+            for engine_idx in per_engine_labelvalues:
+                self.series.child("vllm_suite_kv_recomputes_total", engine_idx, reason)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         super().observe(transfer_stats_data, engine_idx)

@@ -136,6 +136,7 @@ class SuiteECPromMetrics(ECConnectorPromMetrics):
         classes = MetricClasses(self._counter_cls, self._gauge_cls, self._histogram_cls)
         self.series = EngineSeries(EC, classes, labelnames, per_engine_labelvalues)
         self.series.start_at_zero(spec.name for spec in EC if not spec.labels)
+        self.series.start_at_zero([f"{PREFIX}refused_total"])
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         series, data = self.series, transfer_stats_data

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from harness import Fleet, running, spec
+from harness import TARGETS, Fleet, running, spec
 
 from vllm_suite.fleet.tiny import make_tiny_model
 
@@ -41,7 +41,8 @@ class Shared:
         """Its process and its folder of logs. A fleet that did not start is not tried again."""
         if self._found is None:
             try:
-                self._found = self._stack.enter_context(running(folder, spec(model, folder / "logs"))), folder / "logs"
+                fleet = spec(model, folder / "logs") | TARGETS
+                self._found = self._stack.enter_context(running(folder, fleet)), folder / "logs"
             except BaseException as error:
                 self._found = error
                 raise

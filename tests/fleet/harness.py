@@ -29,6 +29,19 @@ ENGINE_KEY = "engine-key"
 SUITE = {"pull_timeout_s": 4.0, "claim_timeout_s": 0.5, "lease_s": 4.0, "peer_retry_s": 0.5, "peer_retry_max_s": 1.0}
 
 
+# What no request keeps and what any may take: the tests with Prometheus see the alerts of the first kind.
+TARGETS: dict[str, Any] = {
+    "slo": {"ttft": "0.001ms", "tpot": "60s"},
+    "predicted": {
+        "rate": 1000.0,
+        "error": 0.25,
+        "source": "roofline",
+        "ttft": {"p50": "0.001ms", "p99": "0.002ms", "p99_high": "0.003ms"},
+        "tpot": {"p50": "30s", "p99": "60s"},
+    },
+}
+
+
 def run_of_ports(count: int) -> int:
     """First of ``count`` consecutive free ports, below those the system hands out by itself."""
     for _ in range(100):

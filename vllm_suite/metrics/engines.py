@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm_suite.metrics.table import SeriesSpec, one_of, within
 
 CLASS = within("class", "classes that clients name, `classes.max_labels` at most, then `other`")
-QUANTILE = one_of("quantile", "0.5", "0.9", "0.99")
+SHARE = one_of("share", "0.5", "0.9", "0.99")
 POLL = one_of("reason", "error", "timeout")
 
 SWIFTKV: tuple[SeriesSpec, ...] = (
@@ -50,13 +50,13 @@ SCHED: tuple[SeriesSpec, ...] = (
         "vllm_suite_sched_normalised_latency_seconds",
         "gauge",
         "Seconds from arrival to end for each generated token, quantiles of the last 256 requests of a class.",
-        (CLASS, QUANTILE),
+        (CLASS, SHARE),
     ),
     SeriesSpec(
         "vllm_suite_sched_length_error_tokens",
         "gauge",
         "Output tokens expected on arrival minus those generated, quantiles of the last 512 that ended by themselves.",
-        (QUANTILE,),
+        (SHARE,),
     ),
     SeriesSpec(
         "vllm_suite_sched_wait_p99_seconds",

@@ -104,7 +104,7 @@ DLER = Dashboard(
         Panel("Age of the oldest", (Query(greatest(f"{SCHED}_queue_age_seconds", "class"), "{{class}}"),), "s"),
         Panel(
             "Seconds per token by class",
-            (Query(greatest(f"{SCHED}_normalised_latency_seconds", "class, quantile"), "{{class}} {{quantile}}"),),
+            (Query(greatest(f"{SCHED}_normalised_latency_seconds", "class, share"), "{{class}} {{share}}"),),
             "s",
         ),
         Panel(
@@ -113,9 +113,7 @@ DLER = Dashboard(
             "s",
             description="in_turn: had the order been that of arrival.",
         ),
-        Panel(
-            "Error of expected lengths", (Query(greatest(f"{SCHED}_length_error_tokens", "quantile"), "{{quantile}}"),)
-        ),
+        Panel("Error of expected lengths", (Query(greatest(f"{SCHED}_length_error_tokens", "share"), "{{share}}"),)),
         rates("Requests by end", f"{SCHED}_requests_total", "class, end", "reqps"),
         Panel(
             "Order changed",

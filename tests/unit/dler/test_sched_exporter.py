@@ -93,8 +93,8 @@ def test_counters_grow_and_gauges_are_set() -> None:
     assert client.value("requests_total", **{"class": "a", "end": "stop"}) == 3
     assert client.value("output_tokens_total", **{"class": "a"}) == 18
     assert client.value("latency_seconds_total", **{"class": "a"}) == 9
-    assert client.value("normalised_latency_seconds", **{"class": "a", "quantile": "0.5"}) == 0.5
-    assert client.value("length_error_tokens", quantile="0.5") == 1
+    assert client.value("normalised_latency_seconds", **{"class": "a", "share": "0.5"}) == 0.5
+    assert client.value("length_error_tokens", share="0.5") == 1
     assert client.value("queue_length", **{"class": "a"}) == 1
     assert client.value("queue_age_seconds", **{"class": "a"}) == 10
     assert client.value("wait_p99_seconds", order="actual") == client.value("wait_p99_seconds", order="in_turn") == 10
