@@ -79,7 +79,12 @@ def means(order: str) -> tuple[float, float, int, int]:
     return statistics.fmean(real.latency), latency, real.preemptions, engine.preemptions
 
 
-@pytest.mark.parametrize("order", list(ORDERS)[1:])
+SLOW = {"boost, victims"}
+
+
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=pytest.mark.slow) if order in SLOW else order for order in list(ORDERS)[1:]]
+)
 def test_the_mean_moves_as_on_vllms_scheduler(order: str) -> None:
     (real, simulated, evicted, gave_way), (first_real, first_simulated, *_) = means(order), means("first come")
     assert first_simulated == pytest.approx(first_real, rel=1e-9)
