@@ -180,9 +180,23 @@ class FleetSpec(Settings):
             raise ValueError(f"roles.start.encode: encoding needs plugin epd; plugins is {list(self.plugins)}")
         if self.roles.control and not able:
             raise ValueError("roles.control: pools.any has no instance whose role could change")
+        self._stages_hand_over(encoders=bool(counts.get("encode")))
         if counts.get("encode"):
             self._encoders_have_consumers()
         return self
+
+    def _stages_hand_over(self, encoders: bool) -> None:
+        # Both would be refused by the engine as well, minutes later.
+        for role, pool in self.pools.items():
+            where = f"pools.{role}: pipeline_parallel_size"
+            if not pool.replicas or (self.engine.overridden_by(pool.engine).pipeline_parallel_size or 1) == 1:
+                continue
+            if role == "decode" and "disagg" in self.plugins:
+                raise ValueError(
+                    f"{where}: vLLM's NIXL connector takes no pipeline stages on decode; use tensor_parallel_size"
+                )
+            if encoders and "epd" in self.plugins:
+                raise ValueError(f"{where}: encoder outputs are not taken by pipeline stages; use tensor_parallel_size")
 
     def _encoders_have_consumers(self) -> None:
         if "epd" not in self.plugins:

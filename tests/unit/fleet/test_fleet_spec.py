@@ -120,6 +120,8 @@ def test_a_collision_is_refused_and_says_who() -> None:
             EPD + "pools: {encode: {}, any: {engine: {args: [--language-model-only]}}}\n",
             "pools.any: --language-model-only refuses media",
         ),
+        (EPD + "pools: {encode: {}, any: {engine: {pipeline_parallel_size: 2}}}\n", "not taken by pipeline stages"),
+        (EPD + "pools: {decode: {engine: {pipeline_parallel_size: 2}}}\n", "no pipeline stages on decode"),
         (EPD + "pools: {encode: {}, any: {}}\nlocal: {first_item_port: 15600}\n", "port 15600 is both"),
         ("model: m\npools: {any: {replicas: 0}}\n", "the fleet has no instance"),
         ("model: m\npools: {any: {}}\nlocal: {host: 0.0.0.0}\n", "local.host: peers cannot connect to a wildcard"),

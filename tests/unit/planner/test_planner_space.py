@@ -142,6 +142,18 @@ def test_prefill_instances_of_a_swiftkv_model_leave_out_its_late_layers():
     assert {pool.late_kv_only for pool in pools if pool.role != "prefill"} == {False}
 
 
+def test_pipeline_stages_are_for_engines_that_hand_nothing_over():
+    found = {
+        (pool.role, pool.parallel.pp)
+        for plan in space("Qwen/Qwen2.5-VL-7B-Instruct", "2xH100-SXM", 9000, True).plans()
+        for pool in plan.pools
+    }
+    assert found == {("any", 1), ("any", 2), ("prefill", 1), ("decode", 1), ("encode", 1)}
+    # Asked for, as in DistServe's published plans; but encoder outputs are not taken by pipeline stages.
+    asked = list(space("Qwen/Qwen2.5-VL-7B-Instruct", "8xH100-SXM", 9000, True, pp=(2,)).plans())
+    assert {tuple(pool.role for pool in plan.pools) for plan in asked} == {("any",), ("prefill", "decode")}
+
+
 def test_engines_stand_apart_and_inside_their_nodes():
     hardware = cluster("24xH100-SXM")
     plan = Plan((PoolPlan("prefill", 3, Parallel(tp=2)), PoolPlan("decode", 2, Parallel(tp=4)),

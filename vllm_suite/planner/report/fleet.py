@@ -83,6 +83,10 @@ def fleet_text(spec: FleetSpec, head: list[str]) -> str:
 
 def _pool(pool: PoolPlan, model: Model, stored: Quantization) -> dict[str, Any]:
     cut = pool.parallel
+    if pool.role == "decode" and cut.pp > 1:
+        raise PlanError(
+            f"pool {pool.name}: vLLM's NIXL connector takes no pipeline stages on decode; give --space pp=1"
+        )
     engine: dict[str, Any] = {}
     for key, size in (("tensor", cut.tp), ("pipeline", cut.pp), ("data", cut.dp)):
         if size > 1:

@@ -50,11 +50,16 @@ class Space:
             level: 0 for every engine with the first settings of its role; 1 for those in which one pool has others;
                 2 for the rest.
         """
-        encoder = not kind.startswith("encode")
-        pools = [self.engines(role, encoder=encoder and role in ("any", "prefill")) for role in roles(kind)]
+        pools = [self._of(kind, role) for role in roles(kind)]
         found = (shape for shape in product(*pools) if sum(each.parallel.gpus for each in shape) <= self.cluster.gpus)
         ordered = sorted(found, key=lambda shape: sum(each.parallel.gpus for each in shape))
         return (shape for shape in ordered if min(2, self._changed(shape)) == level)
+
+    def _of(self, kind: Kind, role: Role) -> tuple[PoolPlan, ...]:
+        """Engines of a role in a kind. Encoder outputs are not taken by engines with pipeline stages."""
+        encodes = kind.startswith("encode")
+        found = self.engines(role, encoder=not encodes and role in ("any", "prefill"))
+        return tuple(each for each in found if each.parallel.pp == 1) if encodes else found
 
     def _changed(self, shape: Shape) -> int:
         """How many of its pools have other settings than the first of their role."""
@@ -83,6 +88,9 @@ class Space:
             return
         late = role == "prefill" and any(layer.late for layer in self.model.layers)
         for parallel, quant in product(self._cuts(), choices.quants):
+            if parallel.pp > 1 and choices.pp is None and role != "any":
+                # vLLM's NIXL connector takes no pipeline stages on decode, and none were run on prefill.
+                continue
             for settings in choices.settings(role):
                 # A SwiftKV prefill instance without its late layers computes the same and holds less.
                 pool = PoolPlan(
@@ -135,12 +143,10 @@ class Space:
         """How many combinations of engines and numbers there are, counted without making them; stops at `most`."""
         total = 0
         for kind in self.kinds:
-            names = roles(kind)
-            encoder = not kind.startswith("encode")
             sizes: list[dict[int, int]] = []
-            for role in names:
+            for role in roles(kind):
                 by_size: dict[int, int] = {}
-                for each in self.engines(role, encoder=encoder and role in ("any", "prefill")):
+                for each in self._of(kind, role):
                     by_size[each.parallel.gpus] = by_size.get(each.parallel.gpus, 0) + 1
                 sizes.append(by_size)
             for combination in product(*(each.items() for each in sizes)):
