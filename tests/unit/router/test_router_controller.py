@@ -49,7 +49,7 @@ class Changing(Instance):
         return [1]
 
     async def refuses(self, stage: str) -> bool:
-        return True
+        return not self.switcher.door.takes(stage, probe=True)  # type: ignore[arg-type]
 
     async def _state(self, request: web.Request) -> web.Response:
         answer = json.loads((await super()._state(request)).body or b"")  # type: ignore[arg-type]
