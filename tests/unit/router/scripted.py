@@ -50,7 +50,7 @@ class Instance:
     the role and then a server error) · reset (connection closed unanswered) ·
     die (closed after two events) · die_first (closed after the head) · die_json (closed inside a JSON body) ·
     stall (silent after two events) · error_event (a stream that begins with a server error) ·
-    trickle (an event each 50 ms) · garbage (200 with a body that is no JSON) · no_reference
+    trickle (an event each 50 ms) · wait (silent after two events until `go_on` is set) · garbage (200 with a body that is no JSON) · no_reference
     """
 
     role: str = "any"
@@ -71,6 +71,7 @@ class Instance:
     finish_reason: str = "length"
     usage_event: bool = False  # streams end with their usage, each of the last events in a piece of its own
     hold: asyncio.Event | None = None  # no request is answered before it is set
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
     ec: dict[str, Any] | None = None  # what the EPD plugin adds to the state
     says: dict[str, Any] = field(default_factory=dict)  # further keys of the state
 
@@ -206,6 +207,8 @@ class Instance:
             event = {"choices": [choice]}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(0.05 if word == "trickle" else 0)
+            if index == 1 and word == "wait":
+                await self.go_on.wait()
             if index == 1 and word in ("die", "stall"):
                 await asyncio.sleep(0.05 if word == "die" else 30)
                 transport.abort()

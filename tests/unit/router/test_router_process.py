@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections import deque
 
 import aiohttp
 import pytest
@@ -15,6 +16,7 @@ from scripted import free_port
 from vllm_suite.router.config import RouterConfig
 
 BODY = {"model": "tiny", "prompt": "hello", "stream": True}
+LONGEST_S = 20.0  # a wait for what comes soon; hit only where it never comes
 COMMAND = [sys.executable, "-m", "vllm_suite.cli.main", "router"]
 
 
@@ -22,7 +24,7 @@ async def run(*args):
     process = await asyncio.create_subprocess_exec(
         *COMMAND, *args, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(LONGEST_S):
         out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()
 
@@ -36,7 +38,7 @@ async def start():
             *COMMAND, "--port", "0", *args, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
         )
         started.append(process)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(LONGEST_S):
             line = (await process.stdout.readline()).decode()
         assert line.startswith("vllm-suite router listening on http://127.0.0.1:")
         return process, line.split()[-1]
@@ -48,62 +50,87 @@ async def start():
             await process.wait()
 
 
-async def ready(client, url):
-    async with asyncio.timeout(10):
+async def status_of(client, url, wanted):
+    """Wait until the router says so of itself: 200 ready, 503 draining."""
+    async with asyncio.timeout(LONGEST_S):
         while True:
             async with client.get(url + "/ready") as response:
-                if response.status == 200:
+                if response.status == wanted:
                     return
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("seconds", [5.0, 0.2])
-async def test_drain_on_sigterm(instance, start, tmp_path, seconds):
-    """Running requests end well and the exit is 0; those that take longer than the drain are cut off, and it is 1."""
-    d = await instance("any", events=20)  # 1 s a stream
-    d.script.append("trickle")
-    file = tmp_path / "router.yaml"
-    settings = {"membership": {"static": [{"url": d.url}]}, "timeouts": {"drain_s": seconds}}
-    file.write_text(yaml.safe_dump(settings))
-    process, url = await start("--config", str(file))
+async def exit_of(process):
+    async with asyncio.timeout(LONGEST_S):
+        return await process.wait()
+
+
+@pytest.fixture
+async def router(start, tmp_path):
+    """A router with a drain of so many seconds."""
+
+    async def make(url, drain_s):
+        file = tmp_path / "router.yaml"
+        file.write_text(yaml.safe_dump({"membership": {"static": [{"url": url}]}, "timeouts": {"drain_s": drain_s}}))
+        return await start("--config", str(file))
+
+    return make
+
+
+async def test_drain_on_sigterm(instance, router):
+    """Running requests end well, new ones are refused, and the exit is 0. The stream ends when the test has looked."""
+    d = await instance("any", script=deque(["wait"]))
+    process, url = await router(d.url, 10 * LONGEST_S)
     async with aiohttp.ClientSession() as client:
-        await ready(client, url)
+        await status_of(client, url, 200)
         async with client.post(url + "/v1/completions", json=BODY) as running:
             await running.content.readany()
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.1)
-            async with client.get(url + "/ready") as response:
-                assert response.status == 503
+            await status_of(client, url, 503)
             async with client.get(url + "/health") as response:
                 assert response.status == 200
             async with client.post(url + "/v1/completions", json=BODY) as response:
                 assert response.status == 503
                 assert response.headers["Retry-After"] == "1"
                 assert (await response.json())["error"]["code"] == 503
-            if seconds == 5.0:
+            assert process.returncode is None
+            d.go_on.set()
+            async with asyncio.timeout(LONGEST_S):
                 assert (await running.read()).endswith(b"data: [DONE]\n\n")
-            else:
+    assert await exit_of(process) == 0
+    assert len(d.seen) == 1
+
+
+async def test_drain_cuts_off_what_takes_longer(instance, router):
+    """A stream that does not end is cut off after `drain_s`, and the exit is 1."""
+    d = await instance("any", script=deque(["wait"]))
+    process, url = await router(d.url, 0.2)
+    async with aiohttp.ClientSession() as client:
+        await status_of(client, url, 200)
+        async with client.post(url + "/v1/completions", json=BODY) as running:
+            await running.content.readany()
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(LONGEST_S):
                 with pytest.raises(aiohttp.ClientError):
                     await running.read()
-    async with asyncio.timeout(5):
-        assert await process.wait() == (0 if seconds == 5.0 else 1)
+    assert await exit_of(process) == 1
     assert len(d.seen) == 1
 
 
 async def test_second_signal_does_not_wait(instance, start):
-    d = await instance("any")
-    d.script.append("hang")
+    d = await instance("any", hold=asyncio.Event())
     process, url = await start("--any", d.url)
     async with aiohttp.ClientSession() as client:
-        await ready(client, url)
+        await status_of(client, url, 200)
         task = asyncio.create_task(client.post(url + "/v1/completions", json=BODY))
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(LONGEST_S):
+            while not d.seen:
+                await asyncio.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.3)
+        await status_of(client, url, 503)
         assert process.returncode is None
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
-            assert await process.wait() == 1
+        assert await exit_of(process) == 1
         with pytest.raises(aiohttp.ClientError):
             await task
 
