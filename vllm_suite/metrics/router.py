@@ -17,8 +17,8 @@ _WHILE = one_of("stage", "request", "encode", "prefill", "decode", "stream")
 _TIMED = one_of("stage", "client", "connect", "encode", "first_byte", "idle", "media", "prefill", "total", "wait")
 # Kinds of a failed attempt, and stages whose deadline passed.
 _KINDS = (
-    "auth", "connect", "cut_off", "disconnect", "no_encoder", "no_instance", "no_reference", "not_kept", "not_sliced",
-    "protocol", "queue", "rejected", "role", "status", "timeout", "wrong_reference", "wrong_slices",
+    "auth", "connect", "cut_off", "disconnect", "engine_dead", "no_encoder", "no_instance", "no_reference", "not_kept",
+    "not_sliced", "protocol", "queue", "rejected", "role", "status", "timeout", "wrong_reference", "wrong_slices",
     *(stage for stage in _TIMED.values if stage != "connect"),
 )  # fmt: skip
 _KIND = one_of("kind", *_KINDS)

@@ -189,7 +189,7 @@ class Router:
         finally:
             self.metrics.count("requests", endpoint, code)
             if job is not None:
-                job.trace.end(int(code), job.path)
+                job.trace.end(int(code), job.path, job.answer.broken if job.answer is not None else "")
             self.watchdog.release(guard)
             live.requests_in_flight -= 1
             if live.requests_in_flight == 0:

@@ -29,7 +29,7 @@ class Blame:
         self._metrics.count("upstream_errors", stage, kind)
         if isinstance(failure, StageTimeout):
             self._metrics.count("timeouts", failure.stage)
-        if kind in ("connect", "disconnect"):
+        if kind in ("connect", "disconnect", "engine_dead"):
             self._membership.suspect(member)
         elif kind == "role":
             self._membership.refused(member)

@@ -26,6 +26,8 @@ from vllm_suite.router.prefill import Prefill
 from vllm_suite.router.relay import Opened, open_answer, relay
 
 _REFUSALS = 3
+# Failures after which an instance may be ready soon: the same one, or the one that takes its place.
+_WAITS = ("connect", "disconnect", "engine_dead", "role")
 
 
 class Chain:
@@ -168,7 +170,10 @@ class Chain:
                     metrics.observe(time.perf_counter() - job.started, "first_byte_seconds", job.path)
                     if job.hashes and answer.response.status == 200:
                         member.history.add(job.hashes)
-                    return await relay(job.request, answer, job.rid, job.guard, config, metrics)
+                    out = await relay(job.request, answer, job.rid, job.guard, config, metrics)
+                    if answer.broken:
+                        span.failed(answer.broken)
+                    return out
             except (UpstreamFailure, StageTimeout) as exc:
                 failure, failed = exc, member
                 self._blame.failed("decode", member, exc)
@@ -200,7 +205,7 @@ class Chain:
                 # Decode may have used the reference, and a used one names blocks that may be someone else's.
                 reference = None
                 metrics.recovered("reference_dropped", kind, failed.instance_id, job.rid)
-            member = await self._pick_decode(job, excluded, wait=kind in ("connect", "disconnect", "role"))
+            member = await self._pick_decode(job, excluded, wait=kind in _WAITS)
             if member is not None:
                 metrics.recovered("decode_retry", kind, failed.instance_id, job.rid)
         metrics.recovered("error", kind_of(failure), failed.instance_id if failed else "", job.rid)

@@ -50,7 +50,7 @@ class UpstreamFailure(Exception):
 
     `kind` is the metric label: `connect` (the request was never sent), `disconnect`, `timeout`, `protocol`,
     `role` (it does not do that work now, nothing was begun), `status` (then `status` and `body` hold what it
-    answered), `auth`.
+    answered), `engine_dead` (it says that its engine has ended), `auth`.
     """
 
     def __init__(self, kind: str, message: str, *, status: int = 502, body: bytes | None = None) -> None:

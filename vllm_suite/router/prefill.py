@@ -17,7 +17,7 @@ from vllm_suite.router.members import Member, Pool, pick
 from vllm_suite.router.metrics import Live, RouterMetrics
 from vllm_suite.router.policies import make_policy
 from vllm_suite.router.prompt import Prompt
-from vllm_suite.router.upstream import CLIENT_ERRORS, read_all, send, translate
+from vllm_suite.router.upstream import CLIENT_ERRORS, failed_answer, read_all, send, translate
 
 _RATIO_WEIGHT = 0.05
 
@@ -132,7 +132,10 @@ class Prefill:
         if 400 <= status < 500 and status != 429:
             raise _Rejected
         if status != 200:
-            raise UpstreamFailure("status", "the prefill instance failed", status=502)
+            failed = failed_answer(status, answer, "prefill")
+            if failed.kind == "status":
+                failed = UpstreamFailure("status", "the prefill instance failed", status=502)
+            raise failed
         try:
             return read_prefill_answer(answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:

@@ -15,7 +15,7 @@ from vllm_suite.router.errors import StageTimeout, UpstreamFailure, error_bytes
 from vllm_suite.router.guard import Guard
 from vllm_suite.router.headers import downstream_headers
 from vllm_suite.router.metrics import RouterMetrics
-from vllm_suite.router.upstream import CLIENT_ERRORS, read_all, send, translate
+from vllm_suite.router.upstream import CLIENT_ERRORS, failed_answer, read_all, send, translate
 
 _EVENT_STREAM = "text/event-stream"
 _ERROR_EVENT = b'data: {"error"'
@@ -36,6 +36,7 @@ class Opened:
     whole: bool
     tail: bytes = b""  # the last three pieces of a stream: its last token, usage and [DONE]
     ended: bool = False  # the instance gave all of it
+    broken: str = ""  # why it broke off after its first byte, as a metric label
     instance: str = ""  # which one, for what is said of an answer that broke off
     measured: tuple[int, str] | None = None  # see `lengths.measure`
 
@@ -67,21 +68,21 @@ async def open_answer(
         whole = status >= 400 or (length is not None and length <= limit)
         first = await (read_all(response, limit) if whole else response.content.readany())
         if status >= 500 or status == 429:
-            raise UpstreamFailure("status", "the instance failed", status=status, body=first)
+            raise failed_answer(status, first, "decode")
         if status in (401, 403) and not config.auth.forward_authorization:
             raise UpstreamFailure("auth", "the instance refused the router's key")
         if not whole and past_role and response.content_type == _EVENT_STREAM:
             first = await _second_event(response, first)
-        if not whole and first.startswith(_ERROR_EVENT):
-            _raise_server_error(first)
+        if not whole and first.startswith(_ERROR_EVENT) and (failure := _server_error(first)) is not None:
+            raise failure  # the stream has given nothing yet, so it counts as a failed answer
         return Opened(response, first, whole)
     except BaseException as exc:
         if response is not None:
             response.close()
-        failure = translate(exc, guard) if isinstance(exc, CLIENT_ERRORS) else None
-        if failure is None:
+        known = translate(exc, guard) if isinstance(exc, CLIENT_ERRORS) else None
+        if known is None:
             raise
-        raise failure from exc
+        raise known from exc
 
 
 async def _second_event(response: aiohttp.ClientResponse, first: bytes) -> bytes:
@@ -95,15 +96,17 @@ async def _second_event(response: aiohttp.ClientResponse, first: bytes) -> bytes
     return rest if rest.startswith(_ERROR_EVENT) else first
 
 
-def _raise_server_error(first: bytes) -> None:
-    """A stream that begins with a server error has given nothing yet, so it counts as a failed answer."""
-    event = first[len(b"data: ") :].split(b"\n", 1)[0]
+def _server_error(events: bytes) -> UpstreamFailure | None:
+    """The server error that the last error event in a part of a stream tells of, if there is one."""
+    _, mark, rest = events.rpartition(_ERROR_EVENT)
+    if not mark:
+        return None
+    event = (mark + rest)[len(b"data: ") :].split(b"\n", 1)[0]
     try:
         code = msgspec.json.decode(event)["error"]["code"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return
-    if isinstance(code, int) and 500 <= code <= 599:
-        raise UpstreamFailure("status", "the instance failed", status=code, body=event)
+        return None
+    return failed_answer(code, event, "decode") if isinstance(code, int) and 500 <= code <= 599 else None
 
 
 async def relay(
@@ -117,7 +120,8 @@ async def relay(
     """Write an opened answer to the client, pieces as they come. Raises `ClientGone`.
 
     When the instance breaks off, an event stream ends with an error event and without `[DONE]`; any other body
-    is cut off, so that the client cannot take it for complete.
+    is cut off, so that the client cannot take it for complete. A stream that the instance itself ended with a server
+    error passes as it is and counts as broken off.
     """
     source = answer.response
     headers = downstream_headers(source.headers, rid)
@@ -146,7 +150,10 @@ async def relay(
                 guard.enter("idle", idle_s)
             earlier, before, last = before, last, piece
             piece = await content.readany()
-        answer.ended = True
+        told = _server_error(earlier + before + last)
+        answer.ended = told is None
+        if told is not None:
+            _note_broken(answer, told.kind, rid, metrics)
         guard.enter("client", client_s)
         await out.write_eof()
     except aiohttp.ClientConnectionResetError as exc:
@@ -156,12 +163,18 @@ async def relay(
         if failure is None:
             raise
         reason = failure.stage if isinstance(failure, StageTimeout) else failure.kind
-        if reason != "client":
-            metrics.recent.note("recovery", "broken_off", reason, answer.instance, rid)
-        await _break_off(request, out, last, failure, guard, client_s, metrics)
+        _note_broken(answer, reason, rid, metrics)
+        await _break_off(request, out, last, failure, reason, guard, client_s, metrics)
     finally:
         answer.tail = earlier + before + last
     return out
+
+
+def _note_broken(answer: Opened, reason: str, rid: str, metrics: RouterMetrics) -> None:
+    answer.broken = reason
+    metrics.count("stream_errors", reason)
+    if reason != "client":
+        metrics.recent.note("recovery", "broken_off", reason, answer.instance, rid)
 
 
 async def _break_off(
@@ -169,13 +182,12 @@ async def _break_off(
     out: web.StreamResponse,
     last: bytes,
     failure: UpstreamFailure | StageTimeout,
+    reason: str,
     guard: Guard,
     client_s: float,
     metrics: RouterMetrics,
 ) -> None:
     timed_out = isinstance(failure, StageTimeout)
-    reason = failure.stage if isinstance(failure, StageTimeout) else failure.kind
-    metrics.count("stream_errors", reason)
     if timed_out:
         metrics.count("timeouts", reason)
     out.force_close()

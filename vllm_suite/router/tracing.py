@@ -56,6 +56,9 @@ class Stage(Protocol):
     def event(self, name: str) -> None:
         """Something happened now."""
 
+    def failed(self, kind: str) -> None:
+        """Mark it as failed, by the kind of the failure, where no exception tells."""
+
 
 class Trace(Protocol):
     """One request; `Job.trace`."""
@@ -63,8 +66,8 @@ class Trace(Protocol):
     def stage(self, name: str, instance: str = "") -> Stage:
         """A stage, on an instance where one does it."""
 
-    def end(self, status: int, path: str) -> None:
-        """The request has ended with this HTTP status."""
+    def end(self, status: int, path: str, broken: str = "") -> None:
+        """The request has ended with this HTTP status; `broken` says why the answer broke off, where it did."""
 
 
 class _Off:
@@ -84,10 +87,13 @@ class _Off:
     def event(self, name: str) -> None:
         pass
 
+    def failed(self, kind: str) -> None:
+        pass
+
     def stage(self, name: str, instance: str = "") -> Self:
         return self
 
-    def end(self, status: int, path: str) -> None:
+    def end(self, status: int, path: str, broken: str = "") -> None:
         pass
 
 
@@ -162,13 +168,13 @@ class _Request:
         )
         return _Stage(span, self._context)
 
-    def end(self, status: int, path: str) -> None:
+    def end(self, status: int, path: str, broken: str = "") -> None:
         from opentelemetry.trace import StatusCode
 
         self._span.set_attribute("http.response.status_code", status)
         self._span.set_attribute("vllm_suite.path", path)
-        if status >= 500:
-            self._span.set_status(StatusCode.ERROR)
+        if status >= 500 or broken:
+            self._span.set_status(StatusCode.ERROR, broken or None)
         self._span.end()
 
 
@@ -184,12 +190,15 @@ class _Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            from opentelemetry.trace import StatusCode
-
             # Neither text nor stack: they may hold a part of a prompt or an address.
             known = getattr(error, "kind", None) or getattr(error, "stage", None)
-            self._span.set_status(StatusCode.ERROR, str(known or type(error).__name__))
+            self.failed(str(known or type(error).__name__))
         self._span.end()
+
+    def failed(self, kind: str) -> None:
+        from opentelemetry.trace import StatusCode
+
+        self._span.set_status(StatusCode.ERROR, kind)
 
     def into(self, headers: MutableMapping[str, str]) -> None:
         from opentelemetry.trace import set_span_in_context

@@ -6,6 +6,7 @@ import asyncio
 import io
 
 import aiohttp
+import msgspec
 from multidict import CIMultiDict, istr
 from yarl import URL
 
@@ -18,6 +19,8 @@ from vllm_suite.router.guard import Guard
 # uvicorn, in front of every vLLM, closes idle connections after 5 s; a request written to a connection that is
 # just being closed is lost.
 KEEPALIVE_S = 4.0
+# How vLLM's EngineDeadError begins. Its server answers 500 with it, or ends a stream with it, until the process ends.
+_ENGINE_DEAD = "EngineCore encountered an issue"
 _STAGE = istr(STAGE_HEADER)
 # Larger bodies go out in pieces, so that one long prompt does not hold the event loop.
 _WHOLE_BYTES = 1 << 20
@@ -83,6 +86,21 @@ async def send(
         response.release()
         raise UpstreamFailure("role", f"no instance does {stage} now", status=503)
     return response
+
+
+def failed_answer(status: int, body: bytes, stage: Stage) -> UpstreamFailure:
+    """What an error body of vLLM means: `engine_dead`, a 503 in our own words, or `status` with what it said."""
+    if status == 500 and _message(body).startswith(_ENGINE_DEAD):
+        words = f"the engine of the {stage} instance has ended and no other took the request"
+        return UpstreamFailure("engine_dead", words, status=503)
+    return UpstreamFailure("status", "the instance failed", status=status, body=body)
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return ""
 
 
 async def read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:

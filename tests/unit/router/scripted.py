@@ -22,6 +22,9 @@ REFERENCE = {
     "suite": {"epoch": "e", "digest": "0.10"},
 }
 
+# What vLLM's EngineDeadError says, with type InternalServerError and code 500.
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
 
 @dataclass
 class Seen:
@@ -49,8 +52,10 @@ class Instance:
     ok · a status code · hang · slow (0.4 s before the first byte) · role_error (a stream that begins with
     the role and then a server error) · reset (connection closed unanswered) ·
     die (closed after two events) · die_first (closed after the head) · die_json (closed inside a JSON body) ·
-    stall (silent after two events) · error_event (a stream that begins with a server error) ·
-    trickle (an event each 50 ms) · wait (silent after two events until `go_on` is set) · garbage (200 with a body that is no JSON) · no_reference
+    stall (silent after two events) · wait (silent after two events until `go_on` is set) ·
+    error_event (a stream that begins with a server error) · dead (500 of an engine that has ended) ·
+    dead_event, dead_late (a stream that begins with it, or ends with it after two events) ·
+    trickle (an event each 50 ms) · garbage (200 with a body that is no JSON) · no_reference
     """
 
     role: str = "any"
@@ -151,6 +156,8 @@ class Instance:
             return _error(400, "not a JSON object")
         if word.isdigit():
             return _error(int(word), f"scripted {word}")
+        if word == "dead":
+            return _error(500, DEAD)
         if word == "hang":
             await asyncio.sleep(30)
         if word == "slow":
@@ -195,11 +202,8 @@ class Instance:
             role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
             await response.write(b"data: " + json.dumps(role).encode() + b"\n\n")
             await asyncio.sleep(0.05)
-        if word in ("error_event", "role_error"):
-            event = {"error": {"message": "KV load failed", "type": "InternalServerError", "param": None, "code": 500}}
-            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-            await response.write(b"data: [DONE]\n\n")
-            return response
+        if word in ("error_event", "role_error", "dead_event"):
+            return await _end_with_error(response, DEAD if word == "dead_event" else "KV load failed")
         for index in range(self.events):
             choice = {"index": 0, "text": f"{index} {self.instance_id}", "finish_reason": None}
             if index == self.events - 1:
@@ -207,6 +211,8 @@ class Instance:
             event = {"choices": [choice]}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(0.05 if word == "trickle" else 0)
+            if index == 1 and word == "dead_late":
+                return await _end_with_error(response, DEAD)
             if index == 1 and word == "wait":
                 await self.go_on.wait()
             if index == 1 and word in ("die", "stall"):
@@ -220,6 +226,14 @@ class Instance:
             await asyncio.sleep(0.02)
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+async def _end_with_error(response: web.StreamResponse, message: str) -> web.StreamResponse:
+    """As vLLM ends a stream that has failed: an error event, and [DONE] all the same."""
+    event = {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 500}}
+    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+    await response.write(b"data: [DONE]\n\n")
+    return response
 
 
 def _error(status: int, message: str) -> web.Response:

@@ -292,6 +292,70 @@ async def test_decode_error_is_passed_on_when_nothing_else_helps(instance, serve
     assert router.value("recoveries_total", step="error", reason="status") == 1
 
 
+@pytest.mark.parametrize(("word", "stream"), [("dead", False), ("dead", True), ("dead_event", True)])
+async def test_an_engine_that_has_ended_is_no_error_of_the_client(instance, serve, word, stream):
+    """Its 500 is a 503 where no other instance is left; another one takes the request where there is one."""
+    first = await instance("decode")
+    router = await serve([first], membership={"poll_interval_s": 5, "poll_timeout_s": 1, "forget_after_s": 10})
+    first.ready = False  # what it says from now on
+    first.script.append(word)
+    headers = {"X-Request-Id": "dead-1"}
+    async with router.client.post(router.url + "/v1/completions", json=body(stream=stream), headers=headers) as answer:
+        said = (await answer.json())["error"]
+        assert (answer.status, answer.headers["Retry-After"], answer.headers["X-Request-Id"]) == (503, "1", "dead-1")
+    assert (said["code"], said["type"]) == (503, "ServiceUnavailableError")
+    assert said["message"] == "the engine of the decode instance has ended and no other took the request"
+    assert len(first.seen) == 1
+    assert router.value("upstream_errors_total", stage="decode", kind="engine_dead") == 1
+    assert router.value("recoveries_total", step="error", reason="engine_dead") == 1
+    assert router.value("membership_events_total", event="suspect") == 1
+    assert router.value("waits_total", outcome="gave_up") == 1
+
+
+async def test_another_instance_takes_the_request_of_an_ended_engine(instance, serve):
+    p, one, two = await instance("prefill"), await instance("decode"), await instance("decode")
+    router = await serve([p, one, two])
+    one.script = two.script = deque(["dead"])
+    status, _ = await router.post(body())
+    assert status == 200
+    assert router.value("recoveries_total", step="decode_retry", reason="engine_dead") == 1
+    assert router.value("recoveries_total", step="reference_dropped", reason="engine_dead") == 1
+    # Prefill's engine has ended too: decode computes, or the client is told to come again.
+    p.script.append("dead")
+    status, _ = await router.post(body(prompt=[7, *LONG]))
+    assert status == 200
+    assert router.value("recoveries_total", step="decode_alone", reason="engine_dead") == 1
+
+
+async def test_an_ended_prefill_engine_where_decode_may_not_compute(instance, serve):
+    p, d = await instance("prefill"), await instance("decode")
+    router = await serve([p, d], recovery={"prefill_fallback": "error"})
+    p.script.append("dead")
+    async with router.client.post(router.url + "/v1/completions", json=body()) as answer:
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+        assert "engine of the prefill instance has ended" in (await answer.json())["error"]["message"]
+    assert not d.seen
+
+
+async def test_a_prefill_that_never_answers_is_a_recovery(instance, serve):
+    """As one that is stopped: it answers no poll either, and is forgotten before its request has run out of time."""
+    p, d = await instance("prefill"), await instance("decode")
+    router = await serve([p, d], timeouts={"prefill_s": 1.2})
+    p.hold, p.state_mode = asyncio.Event(), "hang"
+    status, _ = await router.post(body())
+    assert status == 200
+    assert router.value("membership_events_total", event="forgotten") == 1
+    assert "kv_transfer_params" not in d.seen[0].body
+    assert router.value("recoveries_total", step="decode_alone", reason="prefill") == 1
+    assert router.value("upstream_errors_total", stage="prefill", kind="prefill") == 1
+    assert router.value("timeouts_total", stage="prefill") == 1
+    # Nobody asks it any more, so there is nothing to recover from.
+    status, _ = await router.post(body(prompt=[7, *LONG]))
+    assert status == 200
+    assert router.value("decisions_total", path="direct", reason="no_prefill") == 1
+    assert router.value("recoveries_total", step="decode_alone", reason="prefill") == 1
+
+
 async def test_lone_decode_is_asked_again_after_a_lost_connection(instance, serve):
     """A kept-alive connection may close just when it is used; the instance itself is well."""
     d = await instance("decode")
@@ -355,6 +419,23 @@ async def test_decode_breaks_off_in_mid_stream(instance, serve, word, reason, co
     if word == "stall":
         assert router.value("timeouts_total", stage="idle") == 1
         await router.until(lambda: any(seen.aborted for seen in one.seen + two.seen))
+
+
+async def test_an_error_that_the_instance_itself_ends_a_stream_with(instance, serve):
+    """It passes as it is, and counts as the answer that broke off that it is."""
+    d = await instance("decode")
+    router = await serve([d], slo={"ttft": "60s"})
+    d.script.append("dead_late")
+    status, raw = await router.post(body(stream=True))
+    assert status == 200
+    assert raw.count(b'data: {"error"') == 1
+    assert raw.endswith(b"data: [DONE]\n\n")
+    assert router.value("stream_errors_total", reason="engine_dead") == 1
+    assert router.value("slo_requests_total", model="tiny", verdict="failed") == 1
+    status, _ = await router.post(body(stream=True))
+    assert status == 200
+    assert router.value("slo_requests_total", model="tiny", verdict="good") == 1
+    assert router.value("stream_errors_total", reason="engine_dead") == 1
 
 
 async def test_broken_stream_closes_the_connection(instance, serve):

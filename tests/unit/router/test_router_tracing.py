@@ -98,6 +98,26 @@ async def test_failed_attempts_are_spans_without_words(instance, serve):
         assert not any("127.0.0.1" in str(span) for span in collector.spans)
 
 
+@pytest.mark.parametrize(("word", "reason"), [("die", "disconnect"), ("stall", "idle"), ("dead_late", "engine_dead")])
+async def test_a_stream_that_breaks_off_is_a_failed_span(instance, serve, word, reason):
+    d = await instance("any")
+    d.script.append(word)
+    async with collecting() as collector:
+        router = await serve([d], tracing=tracing(collector), timeouts={"idle_s": 0.3})
+        status, _ = await router.post(LONG)
+        assert status == 200
+        await flush(router)
+        assert {(span.name, span.failed, span.said) for span in collector.spans} == {
+            ("vllm_suite.request completions", True, reason),
+            ("decode", True, reason),
+        }
+        collector.spans.clear()
+        await router.post(LONG)
+        await flush(router)
+        assert len(collector.spans) == 2
+        assert not any(span.failed for span in collector.spans)
+
+
 async def test_a_collector_that_is_away_costs_spans_only(instance, serve):
     d = await instance("any")
     async with collecting() as collector:
