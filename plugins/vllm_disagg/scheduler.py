@@ -18,6 +18,7 @@ from vllm_disagg.fence import FENCE_KEY, OwnView, content_digest, remote_params
 from vllm_disagg.lease_server import LeaseServer
 from vllm_disagg.leases import LeaseBook
 from vllm_disagg.pace import Pace
+from vllm_disagg.spans import PullSpans
 from vllm_disagg.stages import TIMES_KEY, Stages
 from vllm_disagg.stats import SuiteKVStats
 from vllm_suite.compat.nixl import NixlConnectorMetadata, NixlPullConnectorScheduler
@@ -47,6 +48,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
         self.config = config
         self.stats = SuiteKVStats()
         self._stages = Stages(lambda: self.stats)
+        self._spans = PullSpans()
         me = identity()
         rank = vllm_config.parallel_config.data_parallel_index
         self._producer = me.instance_id if rank == 0 else f"{me.instance_id}/{rank}"
@@ -169,6 +171,7 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
             self._pulling.add(request_id)
             self._claims.begin(request_id)
             self._stages.begun(request_id)
+            self._spans.begun(request_id, request.trace_headers)
 
     def build_connector_meta(self, scheduler_output: Any) -> NixlConnectorMetadata:
         if self._claims.talking or len(self._book):
@@ -201,6 +204,8 @@ class SuitePullScheduler(NixlPullConnectorScheduler):
                 self._stages.done(request_id, "transfer")
             self._claims.finish(request_id, pulled=request_id not in failed)
             report = self._reports.pop(request_id, None)
+            peer, size, failure = (report.peer, report.size, report.failure) if report is not None else ("", 0, "")
+            self._spans.ended(request_id, peer, size, (failure or "transfer_error") if request_id in failed else "")
             self.stats.pulled(report, failed=request_id in failed, recomputed=self._recompute)
         now = time.monotonic()
         for request_id in connector_output.finished_sending or ():

@@ -36,7 +36,10 @@ async def test_one_trace_over_the_router_and_three_engines(tmp_path: Path) -> No
                 async with session.post(fleet.url("router") + CHAT, json=body, headers=headers) as response:
                     assert response.status == 200, await response.text()
                 async with asyncio.timeout(60):
-                    while len({span.service for span in collector.of(TRACE)}) < 4:
+                    while True:
+                        seen = collector.of(TRACE)
+                        if len({span.service for span in seen}) == 4 and any(span.name == "transfer" for span in seen):
+                            break
                         await asyncio.sleep(0.2)
         finally:
             await asyncio.to_thread(fleet_of.__exit__, None, None, None)
@@ -49,3 +52,8 @@ async def test_one_trace_over_the_router_and_three_engines(tmp_path: Path) -> No
         (engine,) = [span for span in spans if span.service == f"fleet-{stage}" and span.name == "llm_request"]
         assert engine.parent == ours[stage].span
         assert engine.attributes["gen_ai.request.id"].find("traced") >= 0
+    # Decode's pull is beside its engine's span, and names whom it pulled from.
+    (pull,) = [span for span in spans if span.name == "transfer"]
+    assert (pull.service, pull.parent, pull.failed) == ("fleet-decode", ours["decode"].span, False)
+    assert pull.attributes["vllm_suite.instance"] == ours["prefill"].attributes["vllm_suite.instance"]
+    assert pull.attributes["vllm_suite.bytes"] > 0

@@ -89,6 +89,13 @@ ROWS: tuple[Contract, ...] = (
     Contract(
         "vllm.v1.engine.async_llm:AsyncLLM.get_num_queued_tokens", "method", "served as waiting_tokens", ("self",)
     ),
+    # router/upstream.py, which imports nothing of vLLM
+    Contract(
+        "vllm.v1.engine.exceptions",
+        "literal",
+        "how an API server tells of an ended engine",
+        value="EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    ),
     # role_limits.py, role_engine.py, role_routes.py
     Contract(f"{_SCHEDULER}.max_num_scheduled_tokens", "instance", "lowered for a role"),
     Contract(f"{_SCHEDULER}.max_num_active_reqs", "instance", "lowered for a role"),

@@ -46,6 +46,7 @@ _SCHEDULER_ROWS = (
     _extended(_SCHEDULER, "build_connector_meta", "scheduler_output"),
     _extended(_SCHEDULER, "update_connector_output", "connector_output"),
     _extended(_SCHEDULER, "request_finished", "request", "block_ids"),
+    Contract("vllm.v1.request:Request.trace_headers", "instance", "whose trace a pull is a span of"),
     Contract(f"{_SCHEDULER}._get_remote_prefill_token_count", "method", "tokens a pull brings"),
     Contract(f"{_SCHEDULER}._reqs_need_send", "instance", "blocks held for a peer"),
     Contract(f"{_SCHEDULER}._stop_heartbeat", "method", "a refused reference needs no heartbeats"),

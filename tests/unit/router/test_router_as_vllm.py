@@ -8,9 +8,10 @@ from http import HTTPStatus
 from types import SimpleNamespace
 
 import pytest
-from scripted import free_port
+from scripted import DEAD, free_port
 
 from vllm_suite.router.errors import error_bytes
+from vllm_suite.router.upstream import failed_answer
 
 JSON = {"Content-Type": "application/json"}
 LONG = list(range(100))
@@ -101,6 +102,21 @@ def test_own_errors_have_vllms_shape(vllm_app):
     theirs = create_error_response("m", "ServiceUnavailableError", HTTPStatus.SERVICE_UNAVAILABLE)
     assert json.loads(error_bytes(503, "m")) == theirs.model_dump()
     assert list(json.loads(error_bytes(503, "m"))["error"]) == list(theirs.model_dump()["error"])
+
+
+def test_an_ended_engine_is_told_apart(vllm_app):
+    """By vLLM's own words for it, and no other server error of its."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    def kind(error):
+        body = create_error_response(error)
+        return failed_answer(body.error.code, body.model_dump_json().encode(), "decode").kind
+
+    assert str(EngineDeadError()) == DEAD
+    assert kind(EngineDeadError()) == "engine_dead"
+    assert kind(EngineGenerateError("x")) == "status"
+    assert kind(RuntimeError(f"not {DEAD}")) == "status"
 
 
 async def test_unauthorized_is_vllms(instance, serve):
