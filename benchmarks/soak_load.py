@@ -223,7 +223,7 @@ class Client:
 def judge_refusal(status: int, text: str, wanted: Outcome) -> tuple[Outcome, str]:
     """An answer that is no 200: 4xx, and 5xx of a fleet in trouble, each with words in vLLM's shape.
 
-    A 500 of a dying engine is passed on by the router; one of the router's own would have no such body.
+    A 500 is an engine's own, in its words; that of an engine that has ended reaches a client as 503.
     """
     if status == 200:
         return "unclear", f"a malformed request was answered: {text[:200]}"
