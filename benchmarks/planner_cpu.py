@@ -97,12 +97,12 @@ def at_rate(requests: Sequence[Request], rate: float) -> list[Request]:
     return [Request(each.number, each.arrival / rate, each.prompt, each.output) for each in requests]
 
 
-def rate_for(calibration: Calibration, requests: Sequence[Request], busy: float) -> float:
+def rate_for(calibration: Calibration, requests: Sequence[Request], busy: float, model: Path) -> float:
     """The rate at which the colocated engines would be busy for this share of the time, as predicted."""
     low, high = 0.05, 40.0
     for _ in range(12):
         middle = (low * high) ** 0.5
-        found = colocated(calibration, at_rate(requests, middle), MOST)
+        found = colocated(calibration, at_rate(requests, middle), MOST, model)
         low, high = (middle, high) if sum(found.busy) / 2 < busy else (low, middle)
     return round((low * high) ** 0.5, 3)
 
@@ -126,12 +126,15 @@ async def serve_kind(
     repeats = 3 if args.quick else args.repeats
     calibration = await measure_fleet(fleet, kind, calibration, width=2 if both else 1, repeats=repeats, say=say)
     if not rates:
-        rates += [rate_for(calibration, load, busy) for load, busy in zip(loads, args.busy, strict=True)]
+        rates += [rate_for(calibration, load, busy, args.model) for load, busy in zip(loads, args.busy, strict=True)]
         say(f"rates {rates}")
     runs = []
     for load, rate in zip(loads, rates, strict=True):
         requests = at_rate(load, rate)
-        predicted = colocated(calibration, requests, MOST) if both else disaggregated(calibration, requests, args.model)
+        if both:
+            predicted = colocated(calibration, requests, MOST, args.model)
+        else:
+            predicted = disaggregated(calibration, requests, args.model)
         begun, before = time.monotonic(), os.getloadavg()
         measured = await run(fleet, requests)
         say(f"{kind} at {rate:g}/s: {time.monotonic() - begun:.0f} s")

@@ -46,6 +46,7 @@ def evaluate(
     Raises:
         SimulationError, PlanError: the plan cannot serve the requests. ValueError: there are none.
     """
+    setting = setting.settled(plan, requests)
     collector = Collector(slo, warm_up, stationary=stationary)
     meter = Meter(plan, setting) if energy else None
     run = simulate_plan(plan, setting, requests(), collector, observer=meter)

@@ -18,10 +18,10 @@ STRETCHES = 64
 METRICS = ("ttft", "tpot", "latency", "longest_gap")
 """With quantiles."""
 
-STAGES = ("queue", "encode", "fetch", "prefill", "transfer", "decode_wait", "decode")
+STAGES = ("queue", "encode", "fetch", "prefill", "transfer", "decode_wait", "decode", "beside_steps")
 """With means, over the requests that went through them. `queue` is time in which no stage was at work, up to the first
 step of the last instance; `decode_wait` is the part of it there; `fetch` is of encoders' outputs, `transfer` of keys
-and values; `decode` is from the first to the last token."""
+and values; `decode` is from the first to the last token; `beside_steps` is what was measured beside all of them."""
 
 ACCURACY = 0.0025
 """By how much a quantile may be off, relatively."""
@@ -63,7 +63,8 @@ class Tally:
         self._rows.append(
             (served.arrival, served.encode_start, served.encoded, served.fetched, served.prefill_start,
              served.prefilled, served.transfer_start, served.transferred, served.decode_start, served.first_token,
-             served.last_token, served.longest_gap, served.output, served.prompt, served.cached, served.preemptions)
+             served.last_token, served.longest_gap, served.output, served.prompt, served.cached, served.preemptions,
+             served.beyond)
         )  # fmt: skip
         if len(self._rows) == _BLOCK:
             self.flush()
@@ -79,7 +80,7 @@ class Tally:
         while self.last_arrival >= self.width * STRETCHES:
             self._widen()
         several = output > 1
-        ttft, latency = first - arrival, last - arrival
+        ttft, latency = first - arrival + table[:, 16], last - arrival + table[:, 16]
         if np.isnan(latency + ttft).any():
             raise ValueError("a request ended without the times of its first and its last token")
         tpot = np.where(several, (last - first) / np.maximum(output - 1, 1), 0.0)
@@ -135,6 +136,7 @@ def _bins(values: Floats) -> np.ndarray[Any, np.dtype[np.int64]]:
 def _stages(table: Floats) -> Floats:
     """[stage, request] in the order of `STAGES`, nan where a request has no such stage."""
     arrival, encode, encoded, fetched, prefill, prefilled, pull, pulled, decode, first, last = table[:, :11].T
+    beyond = table[:, 16]
     waited, ready = np.zeros(len(table)), arrival.copy()
     for start, end in ((encode, np.fmax(encoded, fetched)), (prefill, prefilled), (pull, pulled), (decode, decode)):
         # fmax leaves nan out.
@@ -143,5 +145,5 @@ def _stages(table: Floats) -> Floats:
     wait = np.fmax(0.0, decode - np.fmax(pulled, prefilled))
     return np.stack(
         [waited, encoded - encode, fetched - encoded, prefilled - prefill, pulled - pull,
-         np.where(np.isnan(decode), math.nan, wait), last - first]
+         np.where(np.isnan(decode), math.nan, wait), last - first, np.where(beyond == 0, math.nan, beyond)]
     )  # fmt: skip

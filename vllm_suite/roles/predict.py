@@ -56,7 +56,7 @@ class Predictor:
             model, quant = load(fleet.model)
             hardware = cluster(wanted.hardware)
             make = source_maker(wanted.source, hardware)
-            facts = measured(wanted.source)
+            facts = measured(wanted.source, fleet.model, model.name)
             parallel = Parallel(
                 tp=engine.tensor_parallel_size or 1,
                 pp=engine.pipeline_parallel_size or 1,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from vllm_suite.cli.main import main
 from vllm_suite.planner.calibrate import engines as module
 from vllm_suite.planner.calibrate.client import Timed
 from vllm_suite.planner.calibrate.engines import EngineFailed, engines
-from vllm_suite.planner.calibrate.file import Serving, load
+from vllm_suite.planner.calibrate.file import load
 from vllm_suite.planner.calibrate.measure import Options, calibrate, environment, job
 from vllm_suite.planner.calibrate.serving import steady_gap
 from vllm_suite.planner.sources.calibrated import CalibratedSource
@@ -158,16 +156,3 @@ def test_the_planner_starts_no_vllm() -> None:
     """The driver is named, not imported."""
     assert module.DRIVER == "vllm_suite.compat.step_timing"
     assert module.DRIVER not in sys.modules
-
-
-def test_what_a_first_token_waits_for_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, met by another one that is still answered, met when its own first token comes, and after all others."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "benchmarks"))
-    predict = importlib.import_module("planner_cpu_predict")
-    served = Serving(step_s=0.0, sequence_s=0.0, request_s=0.01, prompt_token_s=1e-4, requests=1, error=0.0, via="here",
-                     busy_s=0.005)  # fmt: skip
-    prompt, arrival = np.array([100.0, 10.0, 10.0, 0.0]), np.array([0.0, 1.5, 2.0, 5.0])
-    ttft, last = np.array([0.2, 1.0, 0.1, 0.3]), np.array([1.0, 4.0, 3.0, 6.0])
-    assert predict.in_company(arrival, arrival + ttft, last).tolist() == [False, True, True, False]
-    found = predict.beyond_steps(served.request_s, served, prompt, arrival, ttft, last)
-    assert found - ttft == pytest.approx([0.02, 0.016, 0.016, 0.01])

@@ -206,7 +206,7 @@ def test_aic_has_its_own_encoders():
 def test_a_calibrated_engine_is_planned_with_as_it_was_measured(monkeypatch):
     facts = {"block_size": 128, "blocks": 64, "max_model_len": 2048, "max_num_seqs": 16, "max_num_batched_tokens": 512,
              "async_scheduling": False}  # fmt: skip
-    monkeypatch.setattr(asking, "measured", lambda source: facts)
+    monkeypatch.setattr(asking, "measured", lambda source, *names: facts)
     words = [word for word in SMALL if not word.startswith(("seqs", "tokens"))]
     parser = argparse.ArgumentParser()
     add_arguments(parser)

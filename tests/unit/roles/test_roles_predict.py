@@ -167,9 +167,10 @@ def test_measured_steps_of_a_real_engine_decide(tmp_path: Path) -> None:
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 512, "num_hidden_layers": 4,
               "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 1024,
               "max_position_embeddings": 2048, "torch_dtype": "bfloat16"}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
     spec = FleetSpec.model_validate({
-        "model": str(tmp_path),
+        "model": str(tmp_path / "model"),
         "pools": {"any": {"replicas": 3}},
         "roles": {
             "rule": "goodput",

@@ -88,6 +88,8 @@ def write_timeline(path: Path, case: Case, plan: Plan, rate: float, sample: list
 
 def _run(case: Case, plan: Plan, rate: float, sample: list[Request]) -> tuple[Collector, PoolSeries, Timeline]:
     setting, workload, simulated = case.varied(What(plan, rate), sample)
+    requests = simulated.requests(rate)
+    setting = setting.settled(plan, lambda: requests)
     collector = Collector(case.slo, stationary=not workload.recorded)
     series, timeline = PoolSeries(plan), Timeline(plan)
 
@@ -95,7 +97,7 @@ def _run(case: Case, plan: Plan, rate: float, sample: list[Request]) -> tuple[Co
         collector(served)
         timeline.served(served)
 
-    simulate_plan(plan, setting, simulated.requests(rate), sink, observer=Both(series, timeline))
+    simulate_plan(plan, setting, requests, sink, observer=Both(series, timeline))
     return collector, series, timeline
 
 

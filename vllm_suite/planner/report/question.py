@@ -16,7 +16,7 @@ from vllm_suite.planner.report.arguments import InputError, check
 from vllm_suite.planner.report.pictures import PictureError
 from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.choices import Choices, Settings
-from vllm_suite.planner.search.sources import Sources, encoder_maker, measured, source_maker
+from vllm_suite.planner.search.sources import Sources, constants, encoder_maker, measured, source_maker
 from vllm_suite.planner.search.state import StateError
 from vllm_suite.planner.simulator.order import LengthOrder
 from vllm_suite.planner.simulator.setting import Setting
@@ -63,10 +63,11 @@ def question(args: argparse.Namespace) -> Case:
         queue=LengthOrder if args.dler else None,
     )  # fmt: skip
     asked = f"{args.source} with {host_us:g} us of host time a step" if host_us else args.source
-    facts, longest = measured(args.source), args.max_model_len
+    facts, longest = measured(args.source, args.model, model.name), args.max_model_len
     if facts:
         # Times are those of one engine as it was set: so is everything else of it.
-        setting = replace(setting, async_scheduling=facts["async_scheduling"], block_size=facts["block_size"])
+        setting = replace(setting, async_scheduling=facts["async_scheduling"], block_size=facts["block_size"],
+                          measured=constants(args.source))  # fmt: skip
         choices = replace(choices, kv_blocks=facts["blocks"])
         if not any(word.startswith(("seqs=", "tokens=")) for word in args.space):
             own = (Settings(facts["max_num_seqs"], facts["max_num_batched_tokens"]),)

@@ -67,7 +67,8 @@ def _question(case: Case) -> Iterator[str]:
         f"{name} {_time(value)}" for name, value in (("TTFT", slo.ttft), ("TPOT", slo.tpot)) if value is not None
     ]
     yield f"targets:  {', '.join(targets) or 'none'} for {slo.attainment:.0%} of the requests; sought: {case.goal}"
-    for note in (*workload.notes, *case.model.assumed):
+    measured = case.setting.measured
+    for note in (*workload.notes, *case.model.assumed, *(() if measured is None else measured.notes)):
         yield f"note:     {note}"
 
 

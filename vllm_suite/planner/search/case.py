@@ -149,6 +149,8 @@ class Case:
             self.name, self.model, self.quant, self.cluster, self.workload.fingerprint, self.workload.cv, self.slo,
             self.goal, self.rate, self.choices, self.requests, self.seed, self.source, self.longest, self.dler,
             space.kinds,
+            # A file that was measured again is another question.
+            *(() if self.setting.measured is None else (self.setting.measured,)),
         ))  # fmt: skip
 
 

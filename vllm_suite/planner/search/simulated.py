@@ -137,8 +137,9 @@ class Simulated:
         asked, (plan, rate) = rate, part(plan, rate)
         requests = self.requests(rate)
         sink = _Count(self.slo, requests, self.horizon.counted([each.arrival for each in requests]), until)
+        setting = self.setting.settled(plan, lambda: requests)
         with contextlib.suppress(_Decided):
-            simulate_plan(plan, self.setting, sink.arriving(), sink)
+            simulate_plan(plan, setting, sink.arriving(), sink)
         met, seen = sink.met >= sink.need and not sink.failed, sink.met + sink.missed
         if not sink.whole:
             # Of a run that was cut short nothing but the answer holds.

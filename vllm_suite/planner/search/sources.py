@@ -14,12 +14,13 @@ from vllm_suite.media.tokens import ImageCost
 from vllm_suite.planner.hardware import Cluster
 from vllm_suite.planner.models import Model, ModelError, Parallel, Quantization, prefill_only
 from vllm_suite.planner.plan import PoolPlan
-from vllm_suite.planner.sources.base import FloatArray, LatencySource, Outside, SourceError, Uncertainty
+from vllm_suite.planner.sources.base import FloatArray, LatencySource, Load, Outside, SourceError, Uncertainty
 from vllm_suite.planner.sources.roofline import RooflineSource
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 from vllm_suite.planner.workload import Item
 
 if TYPE_CHECKING:
+    from vllm_suite.planner.calibrate.served import Constants
     from vllm_suite.planner.sources.aic import AicSource
     from vllm_suite.planner.sources.calibrated import CalibratedSource
 
@@ -168,6 +169,10 @@ class Scaled(LatencySource):
         line = self.inner.decode_line(sequences, context, longest, shortest)
         return replace(line, seconds=self.factor * line.seconds, slope=self.factor * line.slope)
 
+    def loaded(self, load: Load) -> Scaled:
+        """See `LatencySource`."""
+        return Scaled(self.inner.loaded(load), self.factor)
+
 
 def source_maker(text: str, cluster: Cluster, *, host_us: float = 0.0) -> Make:
     """What ``--source`` names.
@@ -254,16 +259,39 @@ def _calibrated(path: Path, cluster: Cluster) -> Make:
     return make
 
 
-def measured(text: str) -> dict[str, Any]:
+def measured(text: str, *names: str) -> dict[str, Any]:
     """Settings of the engine that a ``calibrated`` source was measured on; none of another source.
 
+    Args:
+        names: of the model that is asked for: as it was given, and as its config has it.
+
     Raises:
-        SourceError: the file is missing or not one.
+        SourceError: the file is missing or not one, or was measured with another model.
     """
     kind, _, path = text.partition("=")
     if kind != "calibrated" or not path:
         return {}
-    return dict(_calibration(Path(path)).calibration.facts)
+    found = _calibration(Path(path)).calibration
+    if not _aliases(found.model, found.path) & _aliases(*names):
+        raise SourceError(
+            f"{path}: measured with {found.path or found.model}, not with {names[0]}; calibrate {names[0]}, or name the"
+            " model that was measured"
+        )
+    return dict(found.facts)
+
+
+def _aliases(*names: str) -> set[str]:
+    """A checkpoint by its last name: folders move, and hub names have an owner or not."""
+    found = (Path(each).parent if each.endswith(".json") else Path(each) for each in names if each)
+    return {(each.name or each.resolve().name).lower() for each in found}
+
+
+def constants(text: str) -> Constants | None:
+    """What a ``calibrated`` source has beside steps; None of another source. Raises SourceError."""
+    from vllm_suite.planner.calibrate.served import Constants
+
+    kind, _, path = text.partition("=")
+    return Constants(_calibration(Path(path)).calibration) if kind == "calibrated" and path else None
 
 
 def _calibration(path: Path) -> CalibratedSource:

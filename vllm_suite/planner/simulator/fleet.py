@@ -7,6 +7,7 @@ from functools import partial
 
 from vllm_suite.planner.plan import Plan, Role
 from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.company import Company
 from vllm_suite.planner.simulator.counters import FleetRun, PoolRun, encode_run, pool_run
 from vllm_suite.planner.simulator.encoders import Waiter
 from vllm_suite.planner.simulator.engine import Observer
@@ -88,6 +89,7 @@ class _Fleet(Way):
         self._front: Role = "any" if plan.pool("any") is not None else "decode"
         self._answers, self._prompts = LeastTokens(), LeastTokens()
         self._under_way, self._exhausted, self._end = 0, False, 0.0
+        self._company = Company() if setting.serving.busy_s else None
 
     def run(self, requests: Iterable[Request]) -> FleetRun:
         """Until every request is done."""
@@ -123,6 +125,8 @@ class _Fleet(Way):
         served = Served(request.number, request.arrival, request.prompt, request.output, request.label)
         flight = _Flight(request, served, self._answers.choose(self.members.active[self._front]))
         self._under_way += 1
+        if self._company is not None:
+            self._company.came(request.number, request.arrival)
         if self.roles is not None:
             self.roles.begin(now)
         if not request.items:
@@ -252,7 +256,7 @@ class _Fleet(Way):
         if flight.decode.draining:
             flight.decode = self._answers.choose(self.members.active[self._front])
         request, instance = flight.request, flight.decode
-        instance.charge(request.prompt + request.output)
+        instance.charge(request.prompt + (self.serving.answer_tokens or request.output))
         if request.prefix and instance.history is not None:
             instance.history.add(request.prefix, request.block)
         leg = self._leg(flight, request.output)
@@ -311,12 +315,16 @@ class _Fleet(Way):
         served.first_token, served.last_token = job.first_token, job.last_token
         served.longest_gap = job.longest_gap
         served.preemptions += job.preemptions
-        instance.discharge(job.prompt + job.output)
+        instance.discharge(job.prompt + (self.serving.answer_tokens or job.output))
         self._done(flight, now)
 
     def _done(self, flight: _Flight, now: float) -> None:
         self._under_way -= 1
         self._end = now
-        self.sink(flight.served)
+        served, serving = flight.served, self.serving
+        if self._company is not None:
+            served.company_s = serving.busy_s * self._company.left(served.number, served.first_token, served.last_token)
+        served.request_s, served.prompt_s = serving.request_s, serving.prompt_token_s * served.prompt
+        self.sink(served)
         if self.roles is not None:
             self.roles.check(now)

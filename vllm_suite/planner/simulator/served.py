@@ -25,6 +25,9 @@ class Served:
         longest_gap: between two tokens of the client; 0 for one token.
         preemptions: how often an engine took its cache away and computed it again.
         cached: prompt tokens that the prefill side did not compute, found in its prefix cache.
+        request_s, prompt_s, company_s: seconds to the first token beside all stages, see `setting.Serving`: of any
+            request, of its prompt's length, and in company. No stage and no token's time has them in it; `ttft` and
+            `latency` do.
     """
 
     number: int
@@ -45,11 +48,19 @@ class Served:
     longest_gap: float = 0.0
     preemptions: int = 0
     cached: int = 0
+    request_s: float = 0.0
+    prompt_s: float = 0.0
+    company_s: float = 0.0
+
+    @property
+    def beyond(self) -> float:
+        """Seconds to the first token beside all stages."""
+        return self.request_s + self.prompt_s + self.company_s
 
     @property
     def ttft(self) -> float:
         """Seconds from arrival to the first token."""
-        return self.first_token - self.arrival
+        return self.first_token - self.arrival + self.request_s + self.prompt_s + self.company_s
 
     @property
     def tpot(self) -> float:
@@ -59,7 +70,7 @@ class Served:
     @property
     def latency(self) -> float:
         """Seconds from arrival to the last token."""
-        return self.last_token - self.arrival
+        return self.last_token - self.arrival + self.beyond
 
     @property
     def queue_s(self) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from vllm_suite.planner.hardware import Cluster
 from vllm_suite.planner.models import Model, ModelError, Quantization, prefill_only
@@ -13,7 +13,7 @@ from vllm_suite.planner.plan import Plan, PlanError, PoolPlan
 from vllm_suite.planner.simulator.engine import Limits
 from vllm_suite.planner.simulator.jobs import WaitingQueue
 from vllm_suite.planner.sources.base import LatencySource
-from vllm_suite.planner.workload import Item
+from vllm_suite.planner.workload import Item, Request
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Serving:
         slice_min_tokens, slice_tokens, max_slices, min_encoders: how an item is cut (``encode.slices``); it is not cut
             into more than its `Item.pieces`.
         encode_pool_bytes: of an encoder's token cache.
+        request_s, prompt_token_s, busy_s: seconds to the first token that no stage has in it: of every request, of each
+            token of its prompt, and of a request that is not alone in the fleet when it comes or gets its first token;
+            0 where nobody measured them.
+        answer_tokens: that the router charges for an answer, `max_tokens` of the client; None for its true length.
     """
 
     min_prompt_tokens: int = 256
@@ -53,6 +57,10 @@ class Serving:
     max_slices: int = 8
     min_encoders: int = 2
     encode_pool_bytes: float = 2.0**28
+    request_s: float = 0.0
+    prompt_token_s: float = 0.0
+    busy_s: float = 0.0
+    answer_tokens: int | None = None
 
 
 _SERVING = Serving()
@@ -62,6 +70,19 @@ RUNTIME_BYTES = 2.0**30
 published have 0.33 GiB outside PyTorch (vllm-project/vllm issue 14452), 0.36 GiB of graphs (gpustack/runner pull
 request 251), and on B300 GPUs 1.63 and 0.14 GiB.
 """
+
+
+class Measured(Protocol):
+    """What was measured of a served engine beside its steps; it depends on the plan and on how busy its engines are."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For reports."""
+        ...
+
+    def settled(self, plan: Plan, setting: Setting, requests: Callable[[], Iterable[Request]]) -> Setting:
+        """The setting with it, for this plan on these requests."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,7 @@ class Setting:
         utilisation: share of an accelerator's memory that an engine may take (``--gpu-memory-utilization``).
         runtime_bytes: of that, on each accelerator, what vLLM takes beside weights, activations and cache: CUDA graphs,
             which it counts since 0.21, communicators, workspaces. None for `RUNTIME_BYTES` on a GPU, and 0 on a CPU.
+        measured: of served engines, see `settled`; `simulate_plan` itself takes a setting as it is.
     """
 
     model: Model
@@ -99,6 +121,7 @@ class Setting:
     serving: Serving = _SERVING
     utilisation: float = 0.9
     runtime_bytes: float | None = None
+    measured: Measured | None = None
 
     @property
     def overhead(self) -> float:
@@ -106,6 +129,17 @@ class Setting:
         if self.runtime_bytes is not None:
             return self.runtime_bytes
         return RUNTIME_BYTES if self.cluster.device.kind == "gpu" else 0.0
+
+    def settled(self, plan: Plan, requests: Callable[[], Iterable[Request]]) -> Setting:
+        """With all that was measured of served engines, for this plan on these requests; itself where nothing was.
+
+        Args:
+            requests: called for each simulation that finds out how busy the engines are.
+
+        Raises:
+            SimulationError, PlanError: the plan cannot serve the requests.
+        """
+        return self if self.measured is None else self.measured.settled(plan, self, requests)
 
     def held(self, pool: PoolPlan, *, encoder: bool = True) -> Model:
         """The model as an engine of the pool holds it: with or without encoder, without SwiftKV's late layers."""

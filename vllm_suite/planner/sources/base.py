@@ -31,6 +31,25 @@ class Uncertainty:
     origin: str
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an engine has beside its steps, for sources that were measured with it.
+
+    Attributes:
+        serving: kind of fleet whose constants are added to steps; None for none.
+        prompt_s: seconds of the engine's cores for each prompt chunk; None for those of `serving`.
+        neighbours: share of the time for which the engines beside it are at work.
+        slowdown: factor on all times, for other work on the engine's cores.
+        counted: whether what is asked beyond the range counts for the source that this was made of.
+    """
+
+    serving: str | None = None
+    prompt_s: float | None = None
+    neighbours: float = 0.0
+    slowdown: float = 1.0
+    counted: bool = True
+
+
 @dataclass
 class Outside:
     """Queries beyond what a source knows, by the axis that left its range.
@@ -119,6 +138,10 @@ class LatencySource(ABC):
         ahead hides them behind the step before it. Part of `step_seconds`; 0 where they are hidden already, or unknown.
         """
         return 0.0
+
+    def loaded(self, load: Load) -> LatencySource:
+        """The same engine among others, serving requests. Most sources know nothing of that and stay as they are."""
+        return self
 
     def describe(self) -> dict[str, Any]:
         """For a result's JSON: what answered, how sure, and what was asked beyond its range."""

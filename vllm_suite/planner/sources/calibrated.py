@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_suite.planner.sources.base import FloatArray, LatencySource, Outside, SourceError, Uncertainty, as_arrays
+from vllm_suite.planner.sources.base import (
+    FloatArray,
+    LatencySource,
+    Load,
+    Outside,
+    SourceError,
+    Uncertainty,
+    as_arrays,
+)
 from vllm_suite.planner.sources.steps import DecodeLine, Steps
 
 if TYPE_CHECKING:
@@ -83,6 +91,17 @@ class CalibratedSource(LatencySource):
         from vllm_suite.planner.calibrate.file import load
 
         return cls(load(path), **options)  # type: ignore[arg-type]
+
+    def loaded(self, load: Load) -> CalibratedSource:
+        """See `LatencySource`; in place of what this one was made with. Raises SourceError as the constructor does."""
+        return CalibratedSource(
+            self.calibration,
+            neighbours=load.neighbours,
+            serving=load.serving,
+            prompt_s=load.prompt_s,
+            slowdown=load.slowdown,
+            outside=self.outside if load.counted else Outside(self.outside.policy),
+        )
 
     def step_seconds(self, steps: Steps) -> float:
         """See `LatencySource`. Raises SourceError beyond the grid where `outside` refuses."""
