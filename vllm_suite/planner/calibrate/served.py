@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from vllm_suite.planner.calibrate.file import Calibration
 from vllm_suite.planner.calibrate.file import Serving as Measurement
+from vllm_suite.planner.hardware.collectives import BUSY
 from vllm_suite.planner.hardware.device import Cluster, Link
 from vllm_suite.planner.models.memory import kv_bytes
 from vllm_suite.planner.plan import Plan, PoolPlan, Role
@@ -14,6 +15,7 @@ from vllm_suite.planner.simulator.fleet import simulate_plan
 from vllm_suite.planner.simulator.served import Served
 from vllm_suite.planner.simulator.setting import Serving, Setting
 from vllm_suite.planner.sources.base import LatencySource, Load
+from vllm_suite.planner.sources.transfers import SETUP_S
 from vllm_suite.planner.workload import Request
 
 ROUNDS = 4
@@ -138,13 +140,16 @@ def _handed_over(setting: Setting, decode: PoolPlan, plain: Measurement, handed:
     return replace(
         setting,
         cluster=_linked(setting.cluster, per_token / token_s, latency_s),
-        serving=replace(serving, hop_s=handover_s - latency_s),
+        serving=replace(serving, hop_s=max(0.0, handover_s - max(latency_s, SETUP_S))),
     )
 
 
 def _linked(cluster: Cluster, bytes_per_s: float, latency_s: float) -> Cluster:
-    """The accelerators with the hand-over between any two of them as it was measured."""
-    link = Link(gb_s=bytes_per_s / 1e9, latency_us=latency_s * 1e6)
+    """The accelerators with the hand-over between any two of them as it was measured.
+
+    A link is used at a share of its rate and after some setting up, both of which are in what was measured.
+    """
+    link = Link(gb_s=bytes_per_s / BUSY / 1e9, latency_us=max(0.0, latency_s - SETUP_S) * 1e6)
     node = cluster.device.node.model_copy(
         update={"gpus": max(cluster.gpus, cluster.device.node.gpus), "pcie": link, "nvlink": None}
     )
