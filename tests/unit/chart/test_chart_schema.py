@@ -128,7 +128,7 @@ HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
     "folder elsewhere": (fleet(model="/data/a", kubernetes={"model": {"claim": "a"}}), "not below"),
     "key in the environment": (fleet(env={"VLLM_API_KEY": "a"}), "set by the chart"),
     "ragged nodes": (
-        fleet(pools={"decode": {"engine": {"tensor_parallel_size": 4, "pipeline_parallel_size": 3}}}),
+        fleet(pools={"decode": {"engine": {"tensor_parallel_size": 12}}}),
         "do not fill nodes",
     ),
     "two that scale": (

@@ -275,7 +275,7 @@ def test_patience_leaves_the_unlikely_rest(eight):
         search(eight.space, eight.listed, formula, eight.objective, effort=Effort(patience=patience, processes=1))
         for patience in (4, 10_000)
     )
-    assert found.left > 50 > whole.left
+    assert found.left > 10 > whole.left, (found.left, whole.left, found.simulated, whole.simulated)
     assert found.simulated < whole.simulated < 40
     for each in (found, whole):
         assert each.left + each.bounded + each.simulated == each.space
