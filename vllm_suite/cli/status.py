@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 HELP = "show roles, load and KV transfers of a running fleet"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which fleet to look at, and how often."""
     parser.add_argument("--url", help="the router (default: that of the fleet in --log-dir)")
     parser.add_argument(
         "--log-dir",
@@ -24,8 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("build/fleet"),
         help="local.log_dir of a fleet on this machine (build/fleet)",
     )
-    parser.add_argument("--once", action="store_true", help="print one table and end")
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_fleet_arguments(parser)
+    parser.add_argument("--once", action="store_true", help="print one table and end")
     parser.add_argument("--json", metavar="FILE", help="write one snapshot as JSON and end; - for standard output")
 
 

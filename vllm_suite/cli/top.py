@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_suite.cli.status import add_fleet_arguments
+
 if TYPE_CHECKING:
     from vllm_suite.fleet.live import Asked
 
@@ -16,15 +18,8 @@ HELP = "watch a fleet as its router sees it: pools, transfers, latency, recoveri
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--url", help="the router (default: that of the fleet in --log-dir)")
-    parser.add_argument(
-        "--log-dir",
-        type=Path,
-        default=Path("build/fleet"),
-        help="local.log_dir of a fleet on this machine (build/fleet)",
-    )
+    add_fleet_arguments(parser)
     parser.add_argument("--once", action="store_true", help="print once and end; so it does where it is piped")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
     parser.add_argument("--json", metavar="FILE", help="write the state as JSON and end; - for standard output")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from vllm_suite.compat.own_series import OwnSeries
+
 ENV_DEADLINE = "VLLM_SUITE_ENGINE_DEADLINE_S"
 DEFAULT_DEADLINE_S = 10.0
 """An engine that has not answered for this long is not ready. It answers between two steps, so this must be
@@ -121,7 +123,7 @@ async def read_load(client: Any) -> Load:
     queued_tokens = getattr(client, "get_num_queued_tokens", None)
     if queued_tokens is not None:
         load["waiting_tokens"] = queued_tokens()
-    gauges = await _gauges.read()
+    gauges = await _gauges.read({})
     if "vllm:num_requests_running" in gauges:
         load["running"] = int(sum(gauges["vllm:num_requests_running"]))
     if "vllm:num_requests_waiting" in gauges:
@@ -134,28 +136,6 @@ async def read_load(client: Any) -> Load:
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
 
-class _Gauges:
-    """Values of vLLM's gauges by name, one per engine."""
-
-    def __init__(self) -> None:
-        self._shared: dict[str, list[float]] = {}
-        self._shared_at = float("-inf")
-
-    async def read(self) -> dict[str, list[float]]:
-        from prometheus_client import REGISTRY
-        from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-        registry = get_prometheus_registry()
-        if registry is REGISTRY:
-            return _collect(REGISTRY.restricted_registry(GAUGES))
-        # Several API servers: the values lie in files of all processes, and reading them takes milliseconds.
-        now = time.monotonic()
-        if now - self._shared_at >= MULTIPROCESS_CACHE_S:
-            self._shared_at = now
-            self._shared = await asyncio.to_thread(_collect, registry)
-        return self._shared
-
-
 def _collect(registry: Any) -> dict[str, list[float]]:
     return {
         metric.name: [sample.value for sample in metric.samples]
@@ -164,4 +144,4 @@ def _collect(registry: Any) -> dict[str, list[float]]:
     }
 
 
-_gauges = _Gauges()
+_gauges = OwnSeries(GAUGES, _collect, MULTIPROCESS_CACHE_S)

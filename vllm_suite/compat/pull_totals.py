@@ -6,9 +6,9 @@ are read at most once a second and in a thread.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import Any
+
+from vllm_suite.compat.own_series import OwnSeries
 
 MAX_PEERS = 64
 _BYTES = {"vllm_suite_kv_pull_bytes_total": "kv", "vllm_suite_ec_fetch_bytes_total": "ec"}
@@ -24,22 +24,11 @@ class PullTotals:
     """One per API server."""
 
     def __init__(self) -> None:
-        self._shared: Totals = {}
-        self._shared_at = float("-inf")
+        self._series = OwnSeries(_NAMES, totals, _SHARED_S)
 
     async def read(self) -> Totals:
         """The MAX_PEERS peers of each kind from which most came; kinds of which nothing was pulled are left out."""
-        from prometheus_client import REGISTRY
-        from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-        registry = get_prometheus_registry()
-        if registry is REGISTRY:
-            return totals(REGISTRY.restricted_registry(_NAMES))
-        now = time.monotonic()
-        if now - self._shared_at >= _SHARED_S:
-            self._shared_at = now
-            self._shared = await asyncio.to_thread(totals, registry)
-        return self._shared
+        return await self._series.read({})
 
 
 def totals(registry: Any) -> Totals:
