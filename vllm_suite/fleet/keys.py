@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from vllm_suite.router.auth import KeyFileError
+from vllm_suite.router.auth import key_lines
 from vllm_suite.router.config import Auth
 
 ENV_CLIENT_KEY = "VLLM_SUITE_API_KEY"
@@ -54,11 +54,4 @@ def _key(secret: SecretStr | None, path: Path | None, env: str | None) -> str | 
         return secret.get_secret_value()
     if path is None:
         return env or None
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise KeyFileError(f"key file {path}: {error.strerror}") from error
-    for line in lines:
-        if line and not line.startswith("#"):
-            return line
-    raise KeyFileError(f"key file {path} holds no key")
+    return key_lines(path)[0]

@@ -158,8 +158,8 @@ class Kube:
         import msgspec
 
         what = f"{method} {path}"
-        headers = self._headers() | ({"Content-Type": content} if body is not None else {})
         try:
+            headers = self._headers() | ({"Content-Type": content} if body is not None else {})
             async with (
                 asyncio.timeout(_TIMEOUT_S),
                 self._open().request(

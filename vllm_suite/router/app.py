@@ -186,6 +186,11 @@ class Router:
             if isinstance(exc, ClientGone):
                 raise asyncio.CancelledError from exc
             raise
+        except Exception:
+            # A defect of the router: the server answers 500 and logs it. It must not pass for a client that left.
+            code = "500"
+            self._times.failed()
+            raise
         finally:
             self.metrics.count("requests", endpoint, code)
             if job is not None:
@@ -205,7 +210,7 @@ class Router:
             return error_response(503, "the router is draining", retry_after_s=limits.retry_after_s)
         if live.requests_in_flight >= limits.outstanding_requests:
             self.metrics.count("rejected", "outstanding")
-            self._times.turned_away()
+            self._times.failed()
             return error_response(429, "too many outstanding requests", retry_after_s=limits.retry_after_s)
         return None
 

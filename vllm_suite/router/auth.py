@@ -15,14 +15,17 @@ from vllm_suite.router.config import Auth
 
 
 class KeyFileError(ValueError):
-    """A key file cannot be read or holds no key."""
+    """A key file cannot be read or holds no key, or a variable for one is empty."""
 
 
-def _lines(path: Path) -> list[str]:
+def key_lines(path: Path) -> list[str]:
+    """The keys in a file, one a line, comments left out. Raises `KeyFileError`."""
     try:
         keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as exc:
         raise KeyFileError(f"key file {path}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise KeyFileError(f"key file {path} is not UTF-8 text") from exc
     keys = [key for key in keys if key and not key.startswith("#")]
     if not keys:
         raise KeyFileError(f"key file {path} holds no key")
@@ -33,7 +36,7 @@ def _one(secret: SecretStr | None, path: Path | None, env: str | None) -> str | 
     if secret is not None:
         return secret.get_secret_value()
     if path is not None:
-        return _lines(path)[0]
+        return key_lines(path)[0]
     return env or None
 
 
@@ -54,9 +57,13 @@ class Keys:
     @staticmethod
     def resolve(auth: Auth, environ: Mapping[str, str] = os.environ) -> Keys:
         """Collect the keys from settings, files and environment. Raises `KeyFileError`."""
+        for name in ("VLLM_SUITE_API_KEY", "VLLM_SUITE_CONTROL_KEY"):
+            if environ.get(name) == "":
+                # A Secret without that entry, most likely: to go on without a key would open what it was to close.
+                raise KeyFileError(f"{name} is set and empty; unset it where no key is wanted")
         client = [key.get_secret_value() for key in auth.api_keys]
         if auth.api_key_file is not None:
-            client += _lines(auth.api_key_file)
+            client += key_lines(auth.api_key_file)
         if environ.get("VLLM_SUITE_API_KEY"):
             client.append(environ["VLLM_SUITE_API_KEY"])
         upstream = _one(auth.upstream_api_key, auth.upstream_api_key_file, environ.get("VLLM_SUITE_UPSTREAM_API_KEY"))

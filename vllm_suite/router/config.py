@@ -32,6 +32,17 @@ def _base_url(text: str) -> str:
 Url = Annotated[str, AfterValidator(_base_url)]
 
 
+def _plain_key(key: SecretStr) -> SecretStr:
+    # What a header cannot carry as it is would never match. An empty one would open the door to everybody.
+    text = key.get_secret_value()
+    if text != text.strip() or not text.isprintable():
+        raise ValueError("a key has printable characters alone and no spaces around them")
+    return key
+
+
+Key = Annotated[SecretStr, Field(min_length=1), AfterValidator(_plain_key)]
+
+
 class StaticTarget(_Settings):
     """One address to ask for an instance."""
 
@@ -175,13 +186,13 @@ class Limits(_Settings):
 class Auth(_Settings):
     """Keys. Each may also come from a file or from an environment variable."""
 
-    api_keys: tuple[SecretStr, ...] = Field(default=(), description="VLLM_SUITE_API_KEY adds one")
+    api_keys: tuple[Key, ...] = Field(default=(), description="VLLM_SUITE_API_KEY adds one")
     api_key_file: Path | None = Field(default=None, description="one key a line")
-    upstream_api_key: SecretStr | None = Field(
+    upstream_api_key: Key | None = Field(
         default=None, description="sent to the instances; VLLM_SUITE_UPSTREAM_API_KEY"
     )
     upstream_api_key_file: Path | None = None
-    control_key: SecretStr | None = Field(
+    control_key: Key | None = Field(
         default=None,
         description="for /suite/v1 routes, here and on the instances (there the upstream key is the fallback, "
         "here the API keys are); VLLM_SUITE_CONTROL_KEY",

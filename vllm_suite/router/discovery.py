@@ -73,7 +73,7 @@ class DnsDiscovery:
             if exc.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
                 return frozenset()
             raise DiscoveryError(f"{target.host}: {exc.strerror}") from exc
-        except OSError as exc:  # TimeoutError among them
+        except (OSError, UnicodeError) as exc:  # TimeoutError among them; UnicodeError: no name of a host
             raise DiscoveryError(f"{target.host}: {exc or 'timed out'}") from exc
         return frozenset(Target(f"{target.scheme}://{address[4][0]}:{target.port}", target.role) for address in found)
 

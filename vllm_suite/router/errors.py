@@ -16,6 +16,8 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 def error_bytes(status: int, message: str, param: str | None = None) -> bytes:
     """The body alone, for an event inside a stream or a whole response."""
     kind = _TYPES.get(status) or _PHRASES.get(status, "Error")
+    # Words may quote the client, whose JSON may hold what is no Unicode.
+    message = message.encode("utf-8", "backslashreplace").decode()
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": status}})
 
 

@@ -16,6 +16,8 @@ from vllm_suite.router.probe import Gone, Probe, Silent
 
 logger = logging.getLogger(__name__)
 
+_AFTER_A_DEFECT_S = 1.0
+
 
 class Membership:
     """Owns one polling task per address. `start` and `stop` bracket its life on one event loop."""
@@ -81,15 +83,21 @@ class Membership:
     async def _discover(self, index: int) -> None:
         source = self._discoveries[index]
         while True:
+            least_s = 0.0
             try:
                 self._found[index] = await source.targets()
                 self._reconcile()
             except DiscoveryError as exc:
                 self._metrics.member_event("discovery_failed")
                 logger.warning("discovery: %s", exc)
-            if source.interval_s is None:
+            except Exception:
+                # Whatever it is, the next answer may be better; without this nobody would ask again.
+                self._metrics.member_event("discovery_failed")
+                logger.exception("discovery")
+                least_s = _AFTER_A_DEFECT_S
+            if source.interval_s is None and not least_s:
                 return
-            await asyncio.sleep(source.interval_s)
+            await asyncio.sleep(max(source.interval_s or 0.0, least_s))
 
     def _reconcile(self) -> None:
         # One address is polled once even where two sources name it.
@@ -128,6 +136,7 @@ class _Watcher:
         self._made_epochs = count(1)
         self.member: Member | None = None
         self.wake = asyncio.Event()
+        self._defect = ""
         self._last_good = asyncio.get_running_loop().time()
         self.task = asyncio.create_task(self._run())
 
@@ -151,6 +160,12 @@ class _Watcher:
                 self.forget("gone")
             except Silent as exc:
                 self._silent(str(exc))
+            except Exception as exc:
+                # An answer that nobody foresaw must not end the polling; said once, not twice a second.
+                if repr(exc) != self._defect:
+                    self._defect = repr(exc)
+                    logger.exception("%s: the answer to a poll", self._target.url)
+                self._silent(repr(exc))
             # While a member is silent its deadline counts, so it is asked again without much of a pause.
             pause_s = min(settings.poll_interval_s, 0.1) if failed and self.member else settings.poll_interval_s
             try:

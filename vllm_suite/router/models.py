@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from vllm_suite.router.config import RouterConfig
-from vllm_suite.router.errors import error_response
+from vllm_suite.router.errors import UpstreamFailure, error_response
 from vllm_suite.router.members import Member, Pool
 from vllm_suite.router.upstream import read_all
 
@@ -36,7 +36,8 @@ async def list_models(
                 session.get(member.models, headers=headers, allow_redirects=False) as response,
             ):
                 answers.append((response.status, await read_all(response, _MAX_BYTES)))
-        except (aiohttp.ClientError, OSError):  # TimeoutError among them
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError, UpstreamFailure):
+            # TimeoutError is an OSError, a list that is too long an UpstreamFailure.
             return error_response(502, "an instance did not list its models")
     if len(answers) == 1:
         status, body = answers[0]
@@ -47,7 +48,7 @@ async def list_models(
             data = msgspec.json.decode(body)["data"] if status == 200 else []
             for card in data:
                 cards.setdefault(card["id"], card)
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
             return error_response(502, "an instance did not list its models")
     merged = msgspec.json.encode({"object": "list", "data": list(cards.values())})
     return web.Response(body=merged, content_type="application/json")

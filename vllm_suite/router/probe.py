@@ -15,6 +15,7 @@ _ROLES = ("prefill", "decode", "encode", "any")
 _KINDS: tuple[Literal["kv", "ec"], ...] = ("kv", "ec")
 _MAX_PEERS = 64
 _MAX_BYTES = 1 << 20
+_MAX_NAME = 256  # they become labels of series, and lines of the log
 
 
 class Gone(Exception):
@@ -58,14 +59,14 @@ class _Http:
             if isinstance(exc.os_error, ConnectionRefusedError):
                 raise Gone("connection refused") from exc
             raise Silent(str(exc)) from exc
-        except (aiohttp.ClientError, OSError) as exc:
+        except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as exc:
             raise Silent(f"{type(exc).__name__} on /{path}") from exc
 
 
 def _object(body: bytes, what: str) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise Silent(f"{what} is not JSON") from exc
     if not isinstance(found, dict):
         raise Silent(f"{what} is not a JSON object")
@@ -112,6 +113,8 @@ class SuiteProbe:
         role, models = answer.get("role", "any"), answer.get("models", [])
         if not (isinstance(instance_id, str) and instance_id and isinstance(epoch, str) and epoch):
             raise Silent("state without instance_id and epoch")
+        if max(len(instance_id), len(epoch)) > _MAX_NAME:
+            raise Silent(f"instance_id or epoch of more than {_MAX_NAME} characters")
         if role not in _ROLES or not isinstance(models, list):
             raise Silent(f"state with unknown role {role!r} or models that are no list")
         load = answer.get("load")

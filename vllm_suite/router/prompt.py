@@ -28,7 +28,7 @@ CHUNK_BYTES_PER_TOKEN = 4
 _STAND_IN_WORDS = NON_TEXT_PART_TOKENS * CHUNK_BYTES_PER_TOKEN // 8
 
 _decode = msgspec.json.Decoder().decode
-_encode = msgspec.json.Encoder().encode
+_strict = msgspec.json.Encoder().encode
 
 
 @dataclass(slots=True)
@@ -81,6 +81,14 @@ class Prompt:
         if chunks:
             return hashes[chunks - 1]
         return hash64(_encode((self.model, self.token_ids)) if self.token_ids is not None else self.text)
+
+
+def _encode(value: Any) -> bytes:
+    """As JSON. What only Python's parser takes, a lone half of a surrogate pair, only its encoder gives."""
+    try:
+        return _strict(value)
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()
 
 
 def parse_object(body: bytes) -> tuple[dict[str, Any] | None, bool]:

@@ -27,8 +27,8 @@ class Times:
         self._pool = pool
         self._metrics = metrics
 
-    def turned_away(self) -> None:
-        """A request was refused for want of room: a failed one."""
+    def failed(self) -> None:
+        """A request was refused for want of room, or ended in a defect of the router."""
         self._judged(_OTHER, "failed")
 
     def ended(self, job: Job, status: int) -> None:

@@ -66,7 +66,7 @@ class Instance:
     models: list[str] = field(default_factory=lambda: ["tiny"])
     port: int = 0
     state_key: str | None = None
-    state_mode: str = "ok"  # ok · hang · 500 · junk
+    state_mode: str = "ok"  # ok · hang · 500 · junk · deep
     script: deque[str] = field(default_factory=deque)
     seen: list[Seen] = field(default_factory=list)
     events: int = 4
@@ -110,6 +110,8 @@ class Instance:
             return web.Response(status=500)
         if self.state_mode == "junk":
             return web.json_response({"instance_id": 3})
+        if self.state_mode == "deep":
+            return web.Response(body=b"[" * 200_000 + b"]" * 200_000, content_type="application/json")
         return web.json_response(
             {
                 "instance_id": self.instance_id,

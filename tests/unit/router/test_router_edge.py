@@ -8,6 +8,9 @@ import re
 
 import pytest
 
+from vllm_suite.router.auth import KeyFileError, Keys
+from vllm_suite.router.config import Auth
+
 BODY = {"model": "tiny", "prompt": "hello", "max_tokens": 3}
 ROUTES = [
     ("POST", "/v1/completions"),
@@ -295,3 +298,78 @@ async def test_a_gone_client_is_no_crash(instance, serve, caplog):
             response.close()
     await router.until(lambda: router.value("requests_in_flight") == 0)
     assert "Traceback" not in caplog.text
+
+
+_HALF = "\ud800"
+# A white pixel.
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8/5+hHgAHggJ/PchI7wAAAABJRU5ErkJggg=="
+_CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def _said(content):
+    return {**_CHAT, "messages": [{"role": "user", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {**BODY, "model": _HALF},
+        {**BODY, "prompt": [_HALF, "b"]},
+        {**BODY, "cache_salt": _HALF},
+        {**_CHAT, "tools": [_HALF]},
+        _said([{"type": "text", "text": _HALF}]),
+        _said([{"type": _HALF, "text": "a"}]),
+        _said([{"type": "image_url", "image_url": {"url": _HALF}}]),
+        _said([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,AAAA{_HALF}"}}]),
+        _said([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}, {"text": _HALF}]),
+        _said([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}", "detail": _HALF}}]),
+        _said([{"type": "input_audio", "input_audio": {"data": "AAAA", "format": _HALF}}]),
+        _said([{"type": "image_embeds", "image_embeds": _HALF, "uuid": _HALF}]),
+        {**_CHAT, "messages": [{"role": _HALF, "tool_calls": [_HALF], "content": {_HALF: 1}}]},
+    ],
+    ids=range(13),
+)
+async def test_half_a_surrogate_pair_is_no_failure_of_the_router(instance, serve, caplog, body):
+    """JSON as Python reads it has them; what they mean is vLLM's to say."""
+    router = await serve([await instance("any")], policies={"decode": "prefix_hash"}, encode={"fetch": {"enabled": True}})
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    status, _ = await router.post(json.dumps(body).encode(), path)
+    assert status in (200, 400)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_list_of_models_that_is_none_is_a_502(instance, serve):
+    d = await instance("any")
+    router = await serve([d])
+    d.models = ["m" * (1 << 20)]
+    assert (await router.get("/v1/models"))[0] == 502
+
+
+async def test_a_defect_of_the_router_is_counted_as_one(instance, serve, monkeypatch):
+    """Not as a client that left."""
+    router = await serve([await instance("any")], slo={"ttft": "1s"})
+
+    async def broken(job):
+        raise KeyError("nobody foresaw this")
+
+    monkeypatch.setattr(router.router._chain, "run", broken)
+    assert (await router.post(BODY))[0] == 500
+    assert router.value("requests_total", endpoint="completions", code="500") == 1
+    assert router.value("slo_requests_total", model="other", verdict="failed") == 1
+
+
+@pytest.mark.parametrize("auth", [{"api_keys": [""]}, {"control_key": " x"}, {"upstream_api_key": "a\nb"}])
+def test_a_key_that_nobody_can_send_is_refused(auth):
+    with pytest.raises(ValueError, match="key"):
+        Auth.model_validate(auth)
+
+
+def test_a_variable_for_a_key_that_is_empty_does_not_open_the_router(tmp_path):
+    """As from a Secret without that entry."""
+    for name in ("VLLM_SUITE_API_KEY", "VLLM_SUITE_CONTROL_KEY"):
+        with pytest.raises(KeyFileError, match=f"{name} is set and empty"):
+            Keys.resolve(Auth(), {name: ""})
+    file = tmp_path / "key"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(KeyFileError, match="not UTF-8"):
+        Keys.resolve(Auth(api_key_file=file), {})

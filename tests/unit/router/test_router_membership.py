@@ -163,3 +163,38 @@ async def test_dns_names_are_resolved_again_and_again(instance, serve, monkeypat
     assert len(router.router.pool.members) == 1
     answers[0] = []
     await router.until(lambda: not router.router.pool.members)
+
+
+async def test_nothing_that_an_instance_says_ends_its_polling(instance, serve):
+    """Deep nesting is a RecursionError of the parser; an id of a megabyte would be a label of series."""
+    d = await instance("decode")
+    router = await serve([d])
+    await router.until(lambda: router.router.pool.members[0].ready)
+    for mode, says in (("deep", {}), ("ok", {"instance_id": "i" * 1000})):
+        d.state_mode, d.says = mode, says
+        await router.until(lambda: not router.router.pool.members)
+        d.state_mode, d.says = "ok", {}
+        await router.until(lambda: bool(router.router.pool.members))
+
+
+async def test_a_defect_in_a_source_or_a_probe_does_not_end_the_asking(instance, serve, caplog):
+    d = await instance("decode")
+    router = await serve([d])
+    [watcher] = router.router._membership._watchers.values()
+    ask, asked = watcher._probe.ask, []
+
+    async def broken(url, timeout_s):
+        asked.append(url)
+        raise KeyError("nobody foresaw this")
+
+    watcher._probe.ask = broken
+    await router.until(lambda: len(asked) > 2)
+    watcher._probe.ask = ask
+    await router.until(lambda: any(member.ready for member in router.router.pool.members))
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+async def test_a_name_that_can_be_none_is_no_end_of_discovery():
+    """A label of more than 63 characters is a UnicodeError of the codec for names."""
+    with pytest.raises(DiscoveryError):
+        await DnsDiscovery(DnsTarget(host="x" * 70, port=1, role="decode"), 1.0).targets()
