@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_suite.roles.client import Access
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     except (FleetFileError, KeyFileError, PredictError, NotInCluster, ValueError) as error:
         print(f"vllm-suite roles: {error}", file=sys.stderr)
         return 2
-    except (NoFleet, NoAnswer) as error:
+    except (NoFleet, NoAnswer, OSError) as error:
         print(f"vllm-suite roles: {error}", file=sys.stderr)
         return 1
 
@@ -79,6 +79,7 @@ def _access(args: argparse.Namespace) -> Access:
 async def _status(args: argparse.Namespace) -> int:
     import aiohttp
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from vllm_suite.roles.client import look
@@ -91,7 +92,7 @@ async def _status(args: argparse.Namespace) -> int:
         table.add_column(name)
     for one in fleet:
         numbers = (str(one.role_epoch), "yes" if one.ready else "no", str(one.running), str(one.queue))
-        table.add_row(one.instance_id, one.role, one.phase, *numbers, ", ".join(one.can))
+        table.add_row(escape(one.instance_id), one.role, escape(one.phase), *numbers, ", ".join(one.can))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     for trouble in troubles:
         print(f"vllm-suite roles: {trouble}", file=sys.stderr)
@@ -116,15 +117,20 @@ async def _set(args: argparse.Namespace) -> int:
             print(f"{one.instance_id}: {answer.get('outcome', 'refused')}: {answer.get('error')}")
             return 0 if answer.get("outcome") == "noop" else 1
         attempt = (answer.get("last") or {}).get("attempt")
-        async with asyncio.timeout(args.timeout):
-            while True:
-                now = await role(session, one.url, access.instance_key)
-                last = now.get("last") or {}
-                if now.get("epoch") != one.epoch or last.get("attempt") != attempt:
-                    raise NoAnswer(f"{one.instance_id} was restarted, or switched by somebody else, meanwhile")
-                if last.get("outcome") is not None:
-                    break
-                await asyncio.sleep(_POLL_S)
+        now: dict[str, Any] = answer
+        try:
+            async with asyncio.timeout(args.timeout):
+                while True:
+                    now = await role(session, one.url, access.instance_key)
+                    last = now.get("last") or {}
+                    if now.get("epoch") != one.epoch or last.get("attempt") != attempt:
+                        raise NoAnswer(f"{one.instance_id} was restarted, or switched by somebody else, meanwhile")
+                    if last.get("outcome") is not None:
+                        break
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            text = f"the switch has not ended in {args.timeout:g} s: {one.instance_id} is {now.get('phase')}"
+            raise NoAnswer(f"{text}; it goes on, `vllm-suite roles status` shows it") from None
     seconds = ", ".join(f"{phase} {took:.3f} s" for phase, took in last["seconds"].items())
     changed = ", ".join(f"{name} {old} to {new}" for name, (old, new) in last["changed"].items())
     print(f"{one.instance_id}: {last['outcome']}: {one.role} to {args.role}; {seconds}")
@@ -151,8 +157,6 @@ async def _control(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     access, fleet = _access(args), load_fleet(args.fleet)
     registry = CollectorRegistry()
-    if args.metrics_port is not None:
-        start_http_server(args.metrics_port, addr=args.metrics_host, registry=registry)
     if (args.scale is None) != (fleet.roles.scale is None):
         raise FleetFileError("--scale and the section roles.scale go together: one names the workload, one the budget")
     kube = Kube.in_cluster() if args.lease or args.scale else None
@@ -163,12 +167,20 @@ async def _control(args: argparse.Namespace) -> int:
         gpus = fleet.engine.overridden_by(pool.engine).gpus if pool is not None else 1
         scale = Workload(kube, Target.parse(args.scale)), gpus
     controller = Controller(fleet.roles, access, registry, rule_of(fleet), args.dry_run, lease, scale)
-    async with aiohttp.ClientSession() as session:
-        task = asyncio.create_task(controller.run(session))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    if kube is not None:
-        await kube.close()
+    if args.metrics_port is not None:
+        try:
+            start_http_server(args.metrics_port, addr=args.metrics_host, registry=registry)
+        except (OSError, OverflowError) as error:
+            where = f"{args.metrics_host}:{args.metrics_port}"
+            raise OSError(f"series cannot be served at {where} (--metrics-host, --metrics-port): {error}") from None
+    try:
+        async with aiohttp.ClientSession() as session:
+            task = asyncio.create_task(controller.run(session))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+    finally:
+        if kube is not None:
+            await kube.close()
     return 0

@@ -76,8 +76,11 @@ class Controller:
                 await asyncio.sleep(self._spec.every)
         finally:
             if self._lease is not None:
-                async with asyncio.timeout(RELEASE_S):
-                    await self._lease.release()
+                try:
+                    async with asyncio.timeout(RELEASE_S):
+                        await self._lease.release()
+                except TimeoutError:
+                    _log.warning("the lease is left to run out: the API server did not answer in %g s", RELEASE_S)
 
     async def once(self, session: aiohttp.ClientSession) -> Move | None:
         """One look, and what was decided after it."""
@@ -115,7 +118,7 @@ class Controller:
             return
         helps = self._decider.held not in ("rule", "queue", "floor", "nobody")
         step = self._scaling.step(fleet, helps, self._rule.spare(), now)
-        if not step or self._dry_run:
+        if not step or self._dry_run or (self._lease is not None and self._lease.left() < SURE_S):
             return
         outcome = await self._workload.add(step, len(fleet), spec.least, self._scaling.most) or "changing"
         self._series["vllm_suite_roles_scalings_total"].labels("up" if step > 0 else "down", outcome).inc()

@@ -37,6 +37,7 @@ class Decider:
         self._times = 0
         self._last: Switch | None = None
         self._last_at = float("-inf")
+        self._given: dict[str, float] = {}  # when an instance was last asked to take a role at the start
         self.held: Held | None = None
 
     def decide(self, fleet: Sequence[Seen], now: float) -> Move | None:
@@ -47,7 +48,7 @@ class Decider:
             self.held = "switching"
         else:
             able = [one for one in fleet if one.ready and one.phase == "serving"]
-            move = self._start(able) or self._by_rule(able, now)
+            move = self._start(able, now) or self._by_rule(able, now)
         return move
 
     def begun(self, move: Move, now: float) -> None:
@@ -55,17 +56,21 @@ class Decider:
         self._asked, self._times = None, 0
         if move.why == "rule":
             self._last = Switch(move.instance.role, move.target)
+        else:
+            self._given[move.instance.instance_id] = now
         self._last_at = now
 
     def took_over(self, now: float) -> None:
         """From another controller, which may have made a switch just now."""
         self._asked, self._times, self._last_at = None, 0, now
 
-    def _start(self, able: Sequence[Seen]) -> Move | None:
+    def _start(self, able: Sequence[Seen], now: float) -> Move | None:
+        # One that went back to `any` would fail again: each attempt closes it for as long as its requests take.
+        self._given = {name: at for name, at in self._given.items() if now - at < self._spec.hold}
         for role in ("prefill", "decode", "encode"):
             if sum(one.role == role for one in able) >= self._spec.start.of(role):
                 continue
-            free = [one for one in able if one.role == "any" and role in one.can]
+            free = [o for o in able if o.role == "any" and role in o.can and o.instance_id not in self._given]
             # Until decode has its own, somebody has to take whole requests.
             others = sum(one.role in ("any", "decode") for one in able)
             if free and (role == "decode" or others > 1):

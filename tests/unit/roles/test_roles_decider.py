@@ -88,6 +88,19 @@ def test_roles_are_given_to_those_without_one() -> None:
     assert decider(start={"prefill": 1}).decide([seen("i0", "any")], 0.0) is None
 
 
+def test_one_that_went_back_is_not_asked_again_at_once() -> None:
+    """Each attempt closes it until its requests have ended."""
+    one = decider(start={"prefill": 1}, hold=30)
+    now = [seen("i0", "any"), seen("i1", "any")]
+    asked = []
+    for at in range(0, 70, 5):
+        move = one.decide(now, float(at))
+        if move is not None:
+            asked.append((at, move.instance.instance_id))
+            one.begun(move, float(at))
+    assert asked == [(0, "i0"), (5, "i1"), (30, "i0"), (35, "i1"), (60, "i0"), (65, "i1")]
+
+
 def test_a_goodput_rule_weighs_the_gain_against_the_cost() -> None:
     def predict(counts: dict[str, int]) -> float:
         return min(counts["prefill"] * 4.0, counts["decode"] * 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from vllm_suite.kube.client import Kube
 from vllm_suite.kube.verbs import LEASES, verbs
+from vllm_suite.roles import controller as controller_module
 from vllm_suite.roles.client import Access
 from vllm_suite.roles.config import RolesSpec
 from vllm_suite.roles.controller import Controller
@@ -220,3 +222,21 @@ async def test_only_the_leader_switches(cluster: tuple[Cluster, ApiServer], monk
             assert len(fleet.asked) == 2
     finally:
         await fleet.stop()
+
+
+async def test_a_controller_that_ends_waits_for_no_api_server(
+    cluster: tuple[Cluster, ApiServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = cluster
+    lease = one.lease("a")
+    await lease.hold()
+    monkeypatch.setattr(controller_module, "RELEASE_S", 0.1)
+    async with await asyncio.start_server(lambda reader, writer: asyncio.sleep(30), "127.0.0.1", 0) as silent:
+        monkeypatch.setattr(lease._kube, "_url", f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}")
+        controller = Controller(RolesSpec(), Access("http://127.0.0.1:9"), CollectorRegistry(), lease=lease)
+        async with aiohttp.ClientSession() as session:
+            task = asyncio.create_task(controller.run(session))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task

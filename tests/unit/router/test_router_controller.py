@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -222,5 +223,19 @@ async def test_the_command_line(changing, serve, monkeypatch, capsys):
     assert status == 1
     assert "it is prefill and serving: switching: the probe failed" in text
     assert (await command("set", "nobody", "decode"))[0] == 1
+    made.wrong = False
+    status, text = await command("set", "d0", "decode", "--timeout", "0.001")
+    assert (status, "has not ended in 0.001 s: d0 is" in text) == (1, True)
     monkeypatch.setenv("VLLM_SUITE_CONTROL_KEY", "wrong")
     assert "set VLLM_SUITE_CONTROL_KEY" in (await command("status"))[1]
+
+
+@pytest.mark.parametrize("port", ["taken", "70000"])
+def test_a_port_that_cannot_be_had_is_said(tmp_path, capsys, port):
+    file = tmp_path / "fleet.yaml"
+    file.write_text("{model: m, pools: {any: {}}}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = str(taken.getsockname()[1]) if port == "taken" else port
+        words = ["roles", "control", str(file), "--url", "http://127.0.0.1:9", "--metrics-port", number]
+        assert main(words) == 1
+    assert f"series cannot be served at 127.0.0.1:{number}" in capsys.readouterr().err
