@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -31,6 +32,8 @@ VERBS = (
     "calibrate",
     "fleet",
 )
+
+_STATUS = "Exit status: 0 where what was asked for is true, 1 where it is not, 2 for bad arguments or files."
 
 EXIT_BAD_ARGUMENTS = 2
 EXIT_INTERRUPTED = 130
@@ -59,18 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cast(int, args.run(args))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has had enough; what is left of it must not be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"vllm-suite {args.verb}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def build_parser(names: Sequence[str] = VERBS) -> argparse.ArgumentParser:
     """A parser that knows the verbs in ``names``; importing each of them."""
     parser = argparse.ArgumentParser(
-        prog="vllm-suite", description="Tools around a fleet of vLLM instances that run the suite's plugins."
+        prog="vllm-suite",
+        description="Tools around a fleet of vLLM instances that run the suite's plugins.",
+        epilog=_STATUS,
     )
     parser.add_argument("--version", action="version", version=f"vllm-suite {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in names:
         verb = cast(Verb, importlib.import_module(f"vllm_suite.cli.{name.replace('-', '_')}"))
-        sub = verbs.add_parser(name, help=verb.HELP, description=verb.HELP)
+        sub = verbs.add_parser(name, help=verb.HELP, description=verb.HELP, epilog=_STATUS)
         verb.add_arguments(sub)
         sub.set_defaults(run=verb.run)
     return parser

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_suite.cli.arguments import add_fleet_arguments, seconds
+
 if TYPE_CHECKING:
     from vllm_suite.roles.client import Access
 
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     set_ = verbs.add_parser("set", help="switch one instance, and wait until it has ended")
     set_.add_argument("instance", help="instance id, as status shows it")
     set_.add_argument("role", choices=("encode", "prefill", "decode", "any"))
-    set_.add_argument("--timeout", type=float, default=200.0, metavar="S", help="to wait (200)")
+    set_.add_argument("--timeout", type=seconds, default=200.0, metavar="S", help="seconds to wait (200)")
     control = verbs.add_parser("control", help="follow the load until interrupted")
     control.add_argument("fleet", type=Path, help="fleet file; its section `roles` says how")
     control.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
@@ -37,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     control.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus series there")
     control.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="address for them (127.0.0.1)")
     for verb in (status, set_, control):
-        verb.add_argument("--url", help="the router (default: that of the fleet in --log-dir)")
-        verb.add_argument("--log-dir", type=Path, default=Path("build/fleet"), help="of a fleet here (build/fleet)")
+        add_fleet_arguments(verb)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         return asyncio.run(action(args))
     except (FleetFileError, KeyFileError, PredictError, NotInCluster, ValueError) as error:
-        print(f"vllm-suite roles: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"vllm-suite roles: {line}", file=sys.stderr)
         return 2
     except (NoFleet, NoAnswer, OSError) as error:
         print(f"vllm-suite roles: {error}", file=sys.stderr)
@@ -73,7 +75,7 @@ def _access(args: argparse.Namespace) -> Access:
         spec = load_fleet(args.fleet)
         auth, log_dir = spec.router.auth, spec.local.log_dir
     keys = FleetKeys.resolve(auth)
-    return Access((args.url or local_router(log_dir)).rstrip("/"), keys.router_control, keys.instance_control)
+    return Access(args.url or local_router(log_dir), keys.router_control, keys.instance_control)
 
 
 async def _status(args: argparse.Namespace) -> int:

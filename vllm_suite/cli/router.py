@@ -44,17 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> RouterConfig:
-    """The model from file and flags. Raises OSError, yaml.YAMLError, ValueError (pydantic's among them)."""
-    import yaml
+    """The model from file and flags. Raises FleetFileError, a ValueError, with one line a problem."""
+    from pathlib import Path
 
+    from vllm_suite.fleet.files import FleetFileError, parse_mapping, read_text, validated
     from vllm_suite.router.config import RouterConfig
 
-    data: dict[str, Any] = {}
-    if args.config:
-        with open(args.config, encoding="utf-8") as file:
-            data = yaml.safe_load(file) or {}
-        if not isinstance(data, dict):
-            raise ValueError(f"{args.config}: not a mapping")
+    text = read_text(Path(args.config)) if args.config else ""
+    data: dict[str, Any] = parse_mapping(text, args.config) if text.strip() else {}
 
     def put(section: str, name: str, value: object) -> None:
         if value is not None:
@@ -71,10 +68,10 @@ def _settings(args: argparse.Namespace) -> RouterConfig:
     put("policies", "prefill", args.prefill_policy)
     put("policies", "decode", args.decode_policy)
     put("disaggregation", "min_prompt_tokens", args.min_prompt_tokens)
-    config = RouterConfig.model_validate(data)
+    config = validated(data, RouterConfig, args.config or "arguments")
     members = config.membership
     if not (members.static or members.dns or members.kubernetes):
-        raise ValueError("no instances: give --prefill, --decode or --any, or membership in the file")
+        raise FleetFileError("no instances: give --prefill, --decode or --any, or membership in the file")
     return config
 
 
@@ -95,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
             check()
         if config.membership.kubernetes and not args.check:
             Kube.in_cluster()
-    except (OSError, yaml.YAMLError, KeyFileError, NotInCluster, TracingUnavailable, ValueError) as exc:
-        print(f"vllm-suite router: {exc}", file=sys.stderr)
+    except (KeyFileError, NotInCluster, TracingUnavailable, ValueError) as exc:
+        for line in str(exc).splitlines():
+            print(f"vllm-suite router: {line}", file=sys.stderr)
         return 2
     if args.check:
         print(yaml.safe_dump(config.model_dump(mode="json", exclude={"auth"}), sort_keys=False), end="")

@@ -9,27 +9,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_suite.cli.arguments import add_fleet_arguments, seconds
+
 if TYPE_CHECKING:
     from vllm_suite.fleet.status import Source
 
 HELP = "show roles, load and KV transfers of a running fleet"
 
 
-def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which fleet to look at, and how often."""
-    parser.add_argument("--url", help="the router (default: that of the fleet in --log-dir)")
-    parser.add_argument(
-        "--log-dir",
-        type=Path,
-        default=Path("build/fleet"),
-        help="local.log_dir of a fleet on this machine (build/fleet)",
-    )
-    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (1)")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_fleet_arguments(parser)
+    parser.add_argument("--interval", type=seconds, default=1.0, metavar="S", help="seconds between looks (1)")
     parser.add_argument("--once", action="store_true", help="print one table and end")
     parser.add_argument("--json", metavar="FILE", help="write one snapshot as JSON and end; - for standard output")
 
@@ -40,13 +31,10 @@ def run(args: argparse.Namespace) -> int:
     from vllm_suite.fleet.status import NoFleet, Source, local_router
     from vllm_suite.router.config import Auth
 
-    if args.interval <= 0:
-        print("vllm-suite status: --interval must be positive", file=sys.stderr)
-        return 2
     try:
         keys = FleetKeys.resolve(Auth())
         source = Source(
-            router=(args.url or local_router(args.log_dir)).rstrip("/"),
+            router=args.url or local_router(args.log_dir),
             control_key=keys.router_control,
             api_key=keys.upstream,
             log_dir=None if args.url else args.log_dir,

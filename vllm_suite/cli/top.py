@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_suite.cli.status import add_fleet_arguments
+from vllm_suite.cli.arguments import add_fleet_arguments, seconds
 
 if TYPE_CHECKING:
     from vllm_suite.fleet.live import Asked
@@ -19,6 +19,7 @@ HELP = "watch a fleet as its router sees it: pools, transfers, latency, recoveri
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_fleet_arguments(parser)
+    parser.add_argument("--interval", type=seconds, default=1.0, metavar="S", help="seconds between looks (1)")
     parser.add_argument("--once", action="store_true", help="print once and end; so it does where it is piped")
     parser.add_argument("--json", metavar="FILE", help="write the state as JSON and end; - for standard output")
 
@@ -31,12 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from vllm_suite.router.auth import KeyFileError
     from vllm_suite.router.config import Auth
 
-    if args.interval <= 0:
-        print("vllm-suite top: --interval must be positive", file=sys.stderr)
-        return 2
     try:
         keys = FleetKeys.resolve(Auth())
-        router = (args.url or local_router(args.log_dir)).rstrip("/")
+        router = args.url or local_router(args.log_dir)
         return asyncio.run(_show(Asked(router, keys.control or keys.client), args))
     except (NoFleet, KeyFileError) as error:
         print(f"vllm-suite top: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="the fleet file (see docs/fleet.md)")
     parser.add_argument("--dry-run", action="store_true", help="print the exact commands and start nothing")
-    parser.add_argument("--log-dir", type=Path, help="in place of local.log_dir")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="in place of local.log_dir")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write commands and addresses there once all is ready"
     )

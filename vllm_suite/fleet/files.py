@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from vllm_suite.fleet.spec import FleetSpec
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class FleetFileError(ValueError):
@@ -34,26 +36,47 @@ class _Loader(yaml.SafeLoader):
 
 def load_fleet(path: Path) -> FleetSpec:
     """Read a fleet file. Raises FleetFileError where it is missing, not YAML, or not a FleetSpec."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FleetFileError(f"{path}: {error}") from error
-    return parse_fleet(text, str(path))
+    return parse_fleet(read_text(path), str(path))
 
 
 def parse_fleet(text: str, source: str = "fleet") -> FleetSpec:
     """Read a fleet from YAML text; `source` names it in errors."""
+    return validated(parse_mapping(text, source), FleetSpec, source)
+
+
+def read_text(path: Path) -> str:
+    """Raises FleetFileError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FleetFileError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FleetFileError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def parse_mapping(text: str, source: str) -> dict[Any, Any]:
+    """A YAML mapping, in which no key comes twice. Raises FleetFileError."""
     try:
         # A SafeLoader: plain data, no Python objects.
         data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise FleetFileError(f"{source}: not YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise FleetFileError(f"{source}: not YAML: {where}{error.problem or error.context}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise FleetFileError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise FleetFileError(f"{source}: a mapping is expected, found {type(data).__name__}")
+        found = "nothing" if data is None else type(data).__name__
+        raise FleetFileError(f"{source}: a mapping is expected, found {found}")
+    return data
+
+
+def validated(data: dict[Any, Any], model: type[Model], source: str) -> Model:
+    """The settings in a mapping. Raises FleetFileError with one line a problem."""
     try:
-        return FleetSpec.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise FleetFileError("\n".join(f"{source}: {line}" for line in explain(error, FleetSpec))) from error
+        raise FleetFileError("\n".join(f"{source}: {line}" for line in explain(error, model))) from error
 
 
 def dump_fleet(spec: FleetSpec) -> str:

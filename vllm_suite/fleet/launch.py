@@ -33,7 +33,8 @@ Ready = Literal["state", "health", "router", "metrics"]
 """How readiness is asked: /suite/v1/state, /health of a plain vLLM, /suite/v1/instances of the router, /metrics of the
 controller."""
 
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+# Credentials of a collector of spans are in OTEL_EXPORTER_OTLP_HEADERS.
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "HEADERS")
 # One directory shared by instances would mix their metrics; the rest would override what the flags say.
 _NOT_INHERITED = ("PROMETHEUS_MULTIPROC_DIR", "VLLM_CPU_KVCACHE_SPACE", ENV_PLUGINS, ENV_INSTANCE_ID, ENV_ROLE)
 _CPU_KV_CACHE_BYTES = 2**30  # vLLM's default is a share of the machine's memory, for each instance

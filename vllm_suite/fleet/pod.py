@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _IDLE_LOOKS = 3  # a request that is between prefill and decode is nowhere for a moment
+_SILENT_LOOKS = 6  # a busy instance may answer late; one that stays silent has nothing to wait for
 _LEASES_S = 20.0  # somewhat more than the 15 s that a prefill instance keeps blocks nobody has claimed
 _SWITCHING = ("closing", "drained", "switching", "verified", "restoring")  # of vllm_suite.roles.state
 _LEASES = "vllm_suite_kv_leases_outstanding"
@@ -109,9 +110,14 @@ def ready(url: str, role: str | None, connector: str | None, timeout_s: float) -
 
 
 def work(url: str, timeout_s: float) -> tuple[int, float]:
-    """Requests in the instance at `url`, and leases of KV blocks that a peer has yet to fetch."""
-    load = json.loads(ask(url, "/suite/v1/state", CONTROL_KEYS, timeout_s)).get("load", {})
-    requests = int(load.get("running", 0)) + int(load.get("waiting", 0))
+    """Requests in the instance at `url`, and leases of KV blocks that a peer has yet to fetch.
+
+    The server counts requests at its door, the engine by vLLM's gauges, which `--disable-log-stats` leaves out.
+    """
+    state = json.loads(ask(url, "/suite/v1/state", CONTROL_KEYS, timeout_s))
+    load, inside = state.get("load") or {}, state.get("running") or {}
+    in_engine = int(load.get("running", 0)) + int(load.get("waiting", 0))
+    requests = max(in_engine, sum(int(count) for count in inside.values()))
     return requests, total(ask(url, "/metrics", (), timeout_s), _LEASES)
 
 
@@ -122,19 +128,25 @@ def drain(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Wait until routers have stopped sending, then until nothing runs. Raises CheckFailed at the deadline.
+    """Wait until routers have stopped sending, then until nothing runs. Raises CheckFailed at the deadline, and where
+    nobody is there or gives a good answer for several looks: one late answer must not cost the requests that run.
 
     Leases are waited for `_LEASES_S` at most once no request runs: their gauge comes with engine steps, so that of an
     instance without work may be old.
     """
     sleep(settle_s)
-    end, looks, idle_since = clock() + finish_s, 0, clock()
+    end, looks, idle_since, silent = clock() + finish_s, 0, clock(), 0
     while True:
         try:
             requests, leases = work(url, 5.0)
         except (OSError, http.client.HTTPException, ValueError, CheckFailed) as error:
-            raise CheckFailed(f"the instance does not answer, nothing to wait for: {error}") from error
-        now = clock()
+            silent += 1
+            if isinstance(error, ConnectionRefusedError) or silent >= _SILENT_LOOKS or clock() > end:
+                raise CheckFailed(f"the instance does not answer, nothing to wait for: {error!r}") from error
+            looks = 0
+            sleep(1.0)
+            continue
+        now, silent = clock(), 0
         if requests:
             looks, idle_since = 0, now
         else:
@@ -151,10 +163,15 @@ def outlive(leader: str, limit_s: float) -> str:
 
     Raises CheckFailed after `limit_s` seconds.
     """
-    end = time.monotonic() + limit_s
+    end, silent = time.monotonic() + limit_s, 0
     while time.monotonic() < end:
         try:
             connect(leader, 2.0).close()
+            silent = 0
+        except TimeoutError:  # a lost packet, or a leader that is too busy: not the end yet
+            silent += 1
+            if silent >= _SILENT_LOOKS:
+                return "the leader is silent"
         except OSError:
             return "the leader has ended"
         time.sleep(1.0)

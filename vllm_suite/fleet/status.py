@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _TIMEOUT_S = 5.0
+_NEEDED = {"instance_id", "role", "ready", "url"}
 
 
 class NoFleet(RuntimeError):
@@ -47,7 +48,7 @@ def local_processes(log_dir: Path) -> list[dict[str, Any]]:
         state = json.loads((log_dir / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return list(state.get("processes", []))
+    return list(state.get("processes", [])) if isinstance(state, dict) else []
 
 
 async def snapshot(session: aiohttp.ClientSession, source: Source) -> dict[str, Any]:
@@ -126,12 +127,16 @@ async def _instances(session: aiohttp.ClientSession, source: Source) -> list[dic
                 raise NoFleet(f"{url} answered HTTP {response.status}")
             body = await response.json()
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise NoFleet(f"{url} gives no answer: {error}") from error
-    return list(body["instances"])
+        raise NoFleet(f"{url} gives no answer: {error or type(error).__name__}") from error
+    rows = body.get("instances") if isinstance(body, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _NEEDED for row in rows):
+        raise NoFleet(f"{url} answered, and not as a router does; --url is the router's address")
+    return rows
 
 
 def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
     """The snapshot for the screen; with an earlier one, transfer rates over the time between."""
+    from rich.markup import escape
     from rich.table import Table
 
     result = Table(title=f"{now['router']}", title_justify="left", show_edge=False)
@@ -164,7 +169,7 @@ def table(now: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
                 f"{metrics['kv_leases_outstanding']:.0f}",
                 *(_items(metrics) if encodes else ()),
             ]
-        result.add_row(row["instance_id"], row["role"], _state(row), *_load(row), *cells)
+        result.add_row(escape(row["instance_id"]), escape(row["role"]), _state(row), *_load(row), *cells)
     controller = now.get("controller")
     if controller is not None:
         asked = ", ".join(f"{count:.0f} {outcome}" for outcome, count in controller["moves"].items()) or "none"

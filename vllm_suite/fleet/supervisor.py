@@ -230,21 +230,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def plan(spec: FleetSpec) -> list[Launch]:
-    """Every process of the fleet, the router last. Raises DeviceError, ModelError, FileNotFoundError, KeyFileError."""
+    """Every process of the fleet, the router last. Raises DeviceError, ModelError, FileNotFoundError, KeyFileError, and
+    PredictError where the controller could not decide."""
+    if spec.roles.control:
+        from vllm_suite.roles.follow import rule_of
+
+        rule_of(spec)
     instances = plan_instances(spec)
     router = plan_router(spec, instances)
     return [*instances, *([plan_controller(spec, router)] if spec.roles.control else []), router]
 
 
 def supervise(spec: FleetSpec, on_change: OnChange | None = None) -> Supervisor:
-    """A supervisor for the whole fleet; writes the configuration of router and controller. Errors as `plan`, and
-    PredictError where the controller could not decide."""
+    """A supervisor for the whole fleet; writes the configuration of router and controller. Errors as `plan`."""
     launches = plan(spec)
     spec.local.log_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(spec.local.log_dir / "router.yaml", router_config(spec, launches[:-1]))
     if spec.roles.control:
-        from vllm_suite.roles.follow import rule_of
-
-        rule_of(spec)
         write_atomically(spec.local.log_dir / "controller.yaml", controller_fleet(spec))
     return Supervisor(launches, spec.local, on_change)

@@ -35,9 +35,9 @@ async def look(session: aiohttp.ClientSession, access: Access) -> tuple[list[See
     Raises NoAnswer where the router gives none: then nothing is known of the fleet.
     """
     rows = (await _get(session, access.router + "/suite/v1/instances", access.router_key)).get("instances")
-    if not isinstance(rows, list):
-        raise NoAnswer(f"{access.router}: no list of instances")
-    urls = [row["url"] for row in rows if isinstance(row, dict) and isinstance(row.get("url"), str)]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("url"), str) for row in rows):
+        raise NoAnswer(f"{access.router} answered, and not as a router does: no list of instances")
+    urls = [row["url"] for row in rows]
     answers = await asyncio.gather(
         *(_get(session, url + "/suite/v1/state", access.instance_key) for url in urls), return_exceptions=True
     )

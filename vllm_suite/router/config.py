@@ -35,12 +35,12 @@ Url = Annotated[str, AfterValidator(_base_url)]
 def _plain_key(key: SecretStr) -> SecretStr:
     # What a header cannot carry as it is would never match. An empty one would open the door to everybody.
     text = key.get_secret_value()
-    if text != text.strip() or not text.isprintable():
-        raise ValueError("a key has printable characters alone and no spaces around them")
+    if not text or text != text.strip() or not text.isprintable():
+        raise ValueError("a key is not empty, has printable characters alone, and no spaces around them")
     return key
 
 
-Key = Annotated[SecretStr, Field(min_length=1), AfterValidator(_plain_key)]
+Key = Annotated[SecretStr, Field(json_schema_extra={"minLength": 1}), AfterValidator(_plain_key)]
 
 
 class StaticTarget(_Settings):
@@ -188,9 +188,7 @@ class Auth(_Settings):
 
     api_keys: tuple[Key, ...] = Field(default=(), description="VLLM_SUITE_API_KEY adds one")
     api_key_file: Path | None = Field(default=None, description="one key a line")
-    upstream_api_key: Key | None = Field(
-        default=None, description="sent to the instances; VLLM_SUITE_UPSTREAM_API_KEY"
-    )
+    upstream_api_key: Key | None = Field(default=None, description="sent to the instances; VLLM_SUITE_UPSTREAM_API_KEY")
     upstream_api_key_file: Path | None = None
     control_key: Key | None = Field(
         default=None,

@@ -196,6 +196,8 @@ def test_the_router_shares_the_fleet_key_of_its_instances() -> None:
     assert {launch.env["VLLM_SUITE_FLEET_KEY"] for launch in (*instances, router)} == {"fleet-k"}
     assert "OTHER" not in router.env
     assert "fleet-k" not in router.shell()
+    headers = plan_instances(fleet(env={"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer s3cret"}))
+    assert "s3cret" not in headers[0].shell()
     # Not over one that it inherits.
     assert "VLLM_SUITE_FLEET_KEY" not in plan_router(fleet(), []).env
 

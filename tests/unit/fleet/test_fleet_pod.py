@@ -40,6 +40,7 @@ class Server(ThreadingHTTPServer):
         self.pulls = 0
         self.leases = 0
         self.key: str | None = None
+        self.broken = 0  # so many of the next questions about the state are not answered
         self.path_taken = ("disaggregated", "long")
         self.pulls_per_request = 1
         self.prompts: list[str] = []
@@ -64,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
         at = self.server
         if at.key and self.path != "/metrics" and self.headers["Authorization"] != f"Bearer {at.key}":
             self._say(401, {})
+        elif self.path == "/suite/v1/state" and at.broken:
+            at.broken -= 1
+            self.close_connection = True
         elif self.path == "/suite/v1/state":
             self._say(200, at.state)
         elif self.path == "/metrics":
@@ -191,6 +195,22 @@ def test_drain_ends_at_its_deadline_or_with_the_instance(server: Server) -> None
         pod.drain("http://127.0.0.1:1", 0.0, 60.0, clock.sleep, clock)
 
 
+def test_a_late_answer_does_not_cost_the_requests_that_run(server: Server) -> None:
+    clock = Clock(server, {0: (1, 0), 40: (0, 0)})
+    server.broken = 5
+    assert pod.drain(server.url, 10.0, 300.0, clock.sleep, clock) == "drained"
+    assert clock.now >= 40
+    server.broken = 99
+    with pytest.raises(pod.CheckFailed, match="nothing to wait for"):
+        pod.drain(server.url, 0.0, 300.0, clock.sleep, clock)
+
+
+def test_drain_counts_at_the_door_where_the_engine_does_not_tell(server: Server) -> None:
+    server.state = {**STATE, "load": {}, "running": {"decode": 1, "unknown": 0}}
+    with pytest.raises(pod.CheckFailed, match="still 1 requests"):
+        pod.drain(server.url, 0.0, 0.0, lambda seconds: None)
+
+
 def test_check_proves_that_a_request_was_disaggregated(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     server.pulls = 5
     asked = ("check", "--router", server.url, "--decode", server.url, "--prompt-tokens", "300")
@@ -222,6 +242,14 @@ def test_a_worker_outlives_its_leader(server: Server, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pod.time, "sleep", lambda seconds: None)
     assert run("outlive", "--port", str(server.server_port), "--limit", "0.05") == 1
     assert run("outlive", "--port", "1", "--limit", "5") == 0
+    answers = iter([TimeoutError("late")] * 3 + [ConnectionRefusedError("gone")])
+
+    def connect(url: str, timeout_s: float) -> None:
+        raise next(answers)
+
+    monkeypatch.setattr(pod, "connect", connect)
+    assert run("outlive", "--port", "1", "--limit", "5") == 0
+    assert next(answers, None) is None
 
 
 def test_series_that_it_reads_are_the_routers() -> None:

@@ -331,7 +331,9 @@ def _said(content):
 )
 async def test_half_a_surrogate_pair_is_no_failure_of_the_router(instance, serve, caplog, body):
     """JSON as Python reads it has them; what they mean is vLLM's to say."""
-    router = await serve([await instance("any")], policies={"decode": "prefix_hash"}, encode={"fetch": {"enabled": True}})
+    router = await serve(
+        [await instance("any")], policies={"decode": "prefix_hash"}, encode={"fetch": {"enabled": True}}
+    )
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     status, _ = await router.post(json.dumps(body).encode(), path)
     assert status in (200, 400)
