@@ -8,8 +8,10 @@ client's own `traceparent` passes the router unchanged.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -123,7 +125,7 @@ class Tracing:
         sampler = ParentBased(root=ratio, remote_parent_sampled=ratio)
         name = os.environ.get(ENV_SERVICE) or "vllm-suite-router"
         resource = Resource.create({"service.name": name, "service.version": __version__})
-        self._provider = TracerProvider(resource=resource, sampler=sampler)
+        self._provider = TracerProvider(resource=resource, sampler=sampler, shutdown_on_exit=False)
         exporter = _counted(OTLPSpanExporter(endpoint=spec.endpoint), asyncio.get_running_loop(), count)
         self._provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=_QUEUE))
         self._tracer = self._provider.get_tracer("vllm_suite.router", __version__)
@@ -145,8 +147,18 @@ class Tracing:
 
     async def close(self) -> None:
         """Send what is left, for at most five seconds."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def end() -> None:
+            self._provider.shutdown()
+            with contextlib.suppress(RuntimeError):  # the loop has ended before
+                loop.call_soon_threadsafe(ended.set)
+
+        # A daemon: the loop's own threads are waited for at the end, as long as a silent collector takes.
+        threading.Thread(target=end, name="vllm-suite last spans", daemon=True).start()
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._provider.shutdown), _SHUTDOWN_S)
+            async with asyncio.timeout(_SHUTDOWN_S):
+                await ended.wait()
         except TimeoutError:
             _log.warning("the last spans could not be sent in %g s", _SHUTDOWN_S)
 
@@ -223,7 +235,7 @@ def _counted(
                 result = exporter.export(spans)
             finally:
                 outcome = "exported" if result is SpanExportResult.SUCCESS else "failed"
-                if not loop.is_closed():
+                with contextlib.suppress(RuntimeError):  # the loop has ended
                     loop.call_soon_threadsafe(count, outcome, len(spans))
             return result
 

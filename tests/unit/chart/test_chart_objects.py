@@ -303,3 +303,6 @@ def test_notes_name_the_key_only_where_there_is_one() -> None:
     assert "Bearer" in notes("scaled")
     assert "Bearer" not in notes("plain")
     assert "need no key" in notes("plain")
+    # Nobody may scrape instances unless the file says who.
+    assert "network_policies.metrics_from" in notes("plain")
+    assert "network_policies.metrics_from" not in notes("switching")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
+import threading
 from collections import deque
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from otlp_collector import Collector, collecting
 
 from vllm_suite.fleet.launch import plan_instances, plan_router, router_config
 from vllm_suite.fleet.spec import FleetSpec
+from vllm_suite.fleet.tracing import TracingSpec
+from vllm_suite.router import tracing as tracing_module
 from vllm_suite.router.config import RouterConfig
 
 LONG = {"model": "tiny", "prompt": list(range(100)), "max_tokens": 5, "stream": True}
@@ -127,6 +131,18 @@ async def test_a_collector_that_is_away_costs_spans_only(instance, serve):
         assert status == 200
         await flush(router)
         await router.until(lambda: router.value("trace_spans_total", outcome="failed") == 2)
+
+
+async def test_a_silent_collector_does_not_hold_the_router_up(monkeypatch):
+    """What waits for it is a daemon: the process may end."""
+    monkeypatch.setattr(tracing_module, "_SHUTDOWN_S", 0.1)
+    before = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        spec = TracingSpec(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}/v1/traces")
+        one = tracing_module.Tracing(spec, lambda outcome, spans: None)
+        one.begin("chat", "r", {}).end(200, "direct")
+        await one.close()
+    assert [thread for thread in set(threading.enumerate()) - before if not thread.daemon] == []
 
 
 async def test_without_settings_nothing_is_added(instance, serve):
