@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from vllm_suite import frames
-from vllm_suite.handoff import VERSION, Handoff, digest
+from vllm_suite.handoff import VERSION, Handoff, digest, same_mac
 
 ITEM_KEY = "suite"
 PENDING_KEY = "suite_pending"
@@ -72,7 +72,7 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def right_signature(self, key: bytes | None) -> bool:
         """Whether the signature is right, or no key is set."""
-        return key is None or hmac.compare_digest(self._mac(key), self.mac)
+        return key is None or same_mac(self._mac(key), self.mac)
 
     def _mac(self, key: bytes) -> str:
         fields = [self.identifier, [list(msgspec.structs.astuple(c)) for c in self.candidates], float(self.wait_s)]

@@ -101,7 +101,7 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """``BAD_SIGNATURE`` unless the signature is right or no key is set."""
         if key is None:
             return None
-        return None if hmac.compare_digest(self._mac(key), self.mac) else Refusal.BAD_SIGNATURE
+        return None if same_mac(self._mac(key), self.mac) else Refusal.BAD_SIGNATURE
 
     def _mac(self, key: bytes) -> str:
         return hmac.new(key, self.fingerprint().encode(), hashlib.sha256).hexdigest()
@@ -116,6 +116,11 @@ class Handoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         result = msgspec.to_builtins(self)
         assert isinstance(result, dict)
         return result
+
+
+def same_mac(right: str, given: str) -> bool:
+    """Compared in constant time. As bytes, since `hmac` takes no text beyond ASCII, and it may come from anybody."""
+    return hmac.compare_digest(right.encode(), given.encode("utf-8", "surrogatepass"))
 
 
 def parse(raw: Any) -> Handoff | Refusal:

@@ -110,7 +110,8 @@ class PeerChannel(ABC, Generic[Answer]):
             return Refusal.CLAIM_TIMEOUT
         except Unfit as error:
             return error.refusal
-        except (OSError, asyncio.IncompleteReadError, BadMessage) as error:
+        except (OSError, UnicodeError, asyncio.IncompleteReadError, BadMessage) as error:
+            # UnicodeError: a reference may name a host that can be none.
             self._failed(str(error) or type(error).__name__)
             return Refusal.PEER_DEAD
         self._failures = 0

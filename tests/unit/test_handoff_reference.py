@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.disagg.test_leases import reference
+from vllm_suite.encoded import Pending
 from vllm_suite.handoff import Handoff, Refusal, digest, parse
 
 JSON = st.recursive(
@@ -46,6 +47,14 @@ def test_the_signature_covers_every_field(name: str, key: bytes) -> None:
     assert signed.check_signature(key + b"x") is Refusal.BAD_SIGNATURE
     assert reference().check_signature(key) is Refusal.BAD_SIGNATURE
     assert signed.check_signature(None) is None
+
+
+@given(st.text(max_size=70))
+def test_no_signature_is_more_than_wrong(mac: str) -> None:
+    """The engine looks at it: an exception there would end the engine."""
+    fields = {**reference().to_json(), "mac": mac}
+    assert Handoff(**fields).check_signature(b"key") is Refusal.BAD_SIGNATURE
+    assert not Pending(identifier="i", candidates=(), wait_s=1.0, mac=mac).right_signature(b"key")
 
 
 @given(st.lists(st.text(max_size=5), max_size=4), st.lists(st.text(max_size=5), max_size=4))

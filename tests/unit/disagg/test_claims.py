@@ -145,6 +145,13 @@ def test_a_closed_port_is_a_dead_peer_at_once_and_is_remembered(claims: Claims) 
         assert answered(claims, name).refusal is Refusal.PEER_DEAD, "a timeout would be another refusal"
 
 
+def test_a_host_that_can_be_none_is_a_dead_peer(claims: Claims) -> None:
+    """A label of more than 63 characters: the codec for names raises a UnicodeError. Without an answer the request
+    would wait for ever."""
+    claims.start("one", reference("one", claim_host="x" * 70, claim_port=1))
+    assert answered(claims, "one").refusal is Refusal.PEER_DEAD
+
+
 def test_a_silent_producer_costs_one_deadline_then_nothing_then_is_asked_again(claims: Claims) -> None:
     with bind("127.0.0.1", 0, "test") as silent:
         silent.setblocking(False)
