@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +46,8 @@ class Life:
     at_s: list[float] = field(default_factory=list)
     rss: list[int] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Open files by kind when it was last seen."""
 
     @property
     def kind(self) -> str:
@@ -57,9 +61,11 @@ class Life:
         found |= {
             "rss_mib": [round(self.rss[i] / (1 << 20), 1) for i in (0, -1)],
             "files": [self.files[0], self.files[-1]],
+            "files_by_kind": self.kinds,
         }
         every = range(0, len(self.at_s), max(1, len(self.at_s) // 60))
         found["rss_mib_over_s"] = [[round(self.at_s[i]), round(self.rss[i] / (1 << 20), 1)] for i in every]
+        found["files_over_s"] = [[round(self.at_s[i]), self.files[i]] for i in every]
         length = self.at_s[kept[-1]] - self.at_s[kept[0]] if kept else 0.0
         if length < JUDGED_S:
             return found | {"judged": False}
@@ -108,6 +114,7 @@ class Watch:
             life.at_s.append(time.monotonic() - self._began)
             life.rss.append(sum(rss for rss, _ in sample))
             life.files.append(sum(files for _, files in sample))
+            life.kinds = kinds(pids) or life.kinds
 
 
 def usage(pid: int) -> tuple[int, int]:
@@ -115,6 +122,17 @@ def usage(pid: int) -> tuple[int, int]:
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE, len(os.listdir(f"/proc/{pid}/fd"))
     return 0, 0
+
+
+def kinds(pids: Sequence[int]) -> dict[str, int]:
+    """Open files of processes by kind: socket, pipe, anon_inode:[eventpoll], a path."""
+    found: Counter[str] = Counter()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found[re.sub(r":\[\d+\]$", "", os.readlink(link))] += 1
+    return dict(found.most_common(30))
 
 
 async def at_rest(view: View, session: aiohttp.ClientSession, timeout_s: float) -> dict[str, dict[str, float]]:
