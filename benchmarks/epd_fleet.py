@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_suite.fleet.assemble import supervise
 from vllm_suite.fleet.demo_epd_report import Counts
 from vllm_suite.fleet.demo_epd_spec import EpdOptions, epd_fleet, router_over
 from vllm_suite.fleet.demo_spec import free_ports, single_engine
@@ -17,7 +18,7 @@ from vllm_suite.fleet.keeper import adopt_orphans
 from vllm_suite.fleet.launch import Launch
 from vllm_suite.fleet.process import FleetProcess
 from vllm_suite.fleet.scrape import Samples, scrape
-from vllm_suite.fleet.supervisor import Supervisor, supervise
+from vllm_suite.fleet.supervisor import Supervisor
 
 if TYPE_CHECKING:
     import aiohttp

@@ -20,7 +20,8 @@ from vllm_suite.fleet import keeper
 from vllm_suite.fleet.demo_spec import free_ports, single_engine
 from vllm_suite.fleet.keys import FleetKeys
 from vllm_suite.fleet.spec import FleetSpec
-from vllm_suite.fleet.supervisor import Supervisor, write_atomically
+from vllm_suite.fleet.state_file import write_atomically
+from vllm_suite.fleet.supervisor import Supervisor
 from vllm_suite.fleet.tiny import make_tiny_model
 
 START_S = 400.0

@@ -21,6 +21,7 @@ VERBS = (
     "demo",
     "demo-epd",
     "up",
+    "restart",
     "status",
     "top",
     "roles",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-_STYLE = {"ready": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan", "stopping": "cyan"}
+_STYLE = {"ready": "green", "failed": "bold red", "restarting": "yellow"}
+_STYLE |= dict.fromkeys(("starting", "draining", "stopping"), "cyan")
 
 
 class Console:

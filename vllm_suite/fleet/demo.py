@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_suite.fleet.assemble import supervise
 from vllm_suite.fleet.console import Console
 from vllm_suite.fleet.demo_pictures import demo_requests, pictures_of, takes_pictures
 from vllm_suite.fleet.demo_run import DemoFailed, Laps, carry_out
@@ -19,7 +20,7 @@ from vllm_suite.fleet.prompts import Prompt, Scale, build_prompts, fit
 from vllm_suite.fleet.replay import Answer, Request, Settings, prepared, send
 from vllm_suite.fleet.report import Moved, make_report, print_report
 from vllm_suite.fleet.scrape import scrape
-from vllm_suite.fleet.supervisor import Supervisor, supervise
+from vllm_suite.fleet.supervisor import Supervisor
 from vllm_suite.fleet.tiny_media import MediaConfig, make_tiny_media
 from vllm_suite.fleet.traces import Trace, TraceError, load_trace
 from vllm_suite.router.config import Auth

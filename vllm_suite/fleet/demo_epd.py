@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_suite.fleet.assemble import supervise
 from vllm_suite.fleet.console import Console
 from vllm_suite.fleet.demo_epd_report import Counts, Phase, make_report, print_report, settled
 from vllm_suite.fleet.demo_epd_spec import (
@@ -26,7 +27,7 @@ from vllm_suite.fleet.keys import FleetKeys
 from vllm_suite.fleet.launch import Launch
 from vllm_suite.fleet.replay import Request, send
 from vllm_suite.fleet.scrape import Samples, scrape
-from vllm_suite.fleet.supervisor import Supervisor, supervise
+from vllm_suite.fleet.supervisor import Supervisor
 from vllm_suite.fleet.tiny_media import make_tiny_media
 from vllm_suite.fleet.tiny_media.config import MediaConfig
 from vllm_suite.router.config import Auth

@@ -15,7 +15,7 @@ from vllm_suite.fleet.pictures import SIZES
 from vllm_suite.fleet.pictures_parts import Part, image_part
 from vllm_suite.fleet.replay import Request
 from vllm_suite.fleet.spec import FleetSpec
-from vllm_suite.fleet.supervisor import write_atomically
+from vllm_suite.fleet.state_file import write_atomically
 
 ENCODERS = 2
 # A slow tower beside a small language model: encoding is most of a request, as with large pictures on a real one.

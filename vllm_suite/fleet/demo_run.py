@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vllm_suite.fleet.keeper import adopt_orphans
-from vllm_suite.fleet.supervisor import write_atomically
+from vllm_suite.fleet.state_file import write_atomically
 from vllm_suite.fleet.up import PlanErrors, StartErrors, only_fleet_in
 from vllm_suite.provenance import provenance
 

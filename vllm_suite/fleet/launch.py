@@ -27,6 +27,8 @@ from vllm_suite.identity import ENV_INSTANCE_ID, ENV_ROLE
 from vllm_suite.roles.limits import ENV_LIMITS, RoleLimits
 from vllm_suite.router.config import Auth, Membership, StaticTarget
 
+WITHDRAWN_FILE = "withdrawn"
+"""In `local.log_dir`: addresses that the router leaves out while their instances are restarted."""
 _MEDIA_WORDS = ("vision", "visual", "audio", "image", "img", "video", "mm_")
 
 Ready = Literal["state", "health", "router", "metrics"]
@@ -294,7 +296,8 @@ def router_config(spec: FleetSpec, instances: list[Launch]) -> str:
     ]
     given = spec.router.membership
     state: Literal["suite", "stock"] = "suite" if spec.plugins else "stock"
-    members = Membership.model_validate({**given.model_dump(), "static": (*given.static, *targets), "state": state})
+    own = {"static": (*given.static, *targets), "state": state, "withdrawn_file": spec.local.log_dir / WITHDRAWN_FILE}
+    members = Membership.model_validate({**given.model_dump(), **own})
     update = {"membership": members, "slo": spec.slo, "predicted": spec.predicted, "tracing": spec.tracing}
     config = spec.router.model_copy(update=update)
     data = config.model_dump(mode="json", exclude={"auth": {"api_keys", "upstream_api_key", "control_key"}})

@@ -19,7 +19,7 @@ from vllm_suite.fleet.launch import Launch
 if TYPE_CHECKING:
     import aiohttp
 
-State = Literal["waiting", "starting", "ready", "restarting", "stopping", "stopped", "failed"]
+State = Literal["waiting", "starting", "ready", "draining", "restarting", "stopping", "stopped", "failed"]
 
 _READY_PATH = {
     "state": "/suite/v1/state",

@@ -14,7 +14,8 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from vllm_suite.fleet.engine import EngineSpec
-from vllm_suite.fleet.kubernetes import KubernetesSpec, RolePods
+from vllm_suite.fleet.kubernetes import KubernetesSpec
+from vllm_suite.fleet.kubernetes_pods import RolePods
 from vllm_suite.fleet.spec import FleetSpec, PoolSpec
 from vllm_suite.router.config import RouterConfig
 

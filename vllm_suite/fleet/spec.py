@@ -158,6 +158,8 @@ class FleetSpec(Settings):
     def _router_of_a_file(cls, router: RouterConfig) -> RouterConfig:
         if len(router.auth.api_keys) > 1:
             raise ValueError("auth.api_keys: one key can be given here; put several into api_key_file")
+        if router.membership.withdrawn_file is not None:
+            raise ValueError("membership.withdrawn_file: `up` writes it, of its own instances; leave it out")
         if router.slo != SloSpec() or router.predicted is not None or router.tracing is not None:
             raise ValueError(
                 "slo, predicted and tracing stand at the top of a fleet file; the router gets them from it"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_suite.fleet.scrape import Samples, scrape
-from vllm_suite.fleet.supervisor import STATE_FILE
+from vllm_suite.fleet.state_file import STATE_FILE
 
 if TYPE_CHECKING:
     import aiohttp

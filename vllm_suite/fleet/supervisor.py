@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from vllm_suite.fleet.launch import (
-    Launch,
-    controller_fleet,
-    plan_controller,
-    plan_instances,
-    plan_router,
-    router_config,
-)
-from vllm_suite.fleet.process import Ended, FleetProcess, PortTaken, ask, check_ports, ready_members
-from vllm_suite.fleet.spec import FleetSpec, LocalSpec
+from vllm_suite.fleet.launch import Launch
+from vllm_suite.fleet.process import Ended, FleetProcess, PortTaken, State, ask, check_ports, ready_members
+from vllm_suite.fleet.spec import LocalSpec
+from vllm_suite.fleet.state_file import write_state
 
 if TYPE_CHECKING:
     import aiohttp
 
-STATE_FILE = "fleet.json"
 _KNOWN_S = 30.0
+_LOOK_S = 0.1
 _LIGHT = ("router", "controller")
 OnChange = Callable[[FleetProcess, str], None]
 """Called with a process whose state changed and a few words on why."""
@@ -60,6 +52,7 @@ class Supervisor:
         # Importing vLLM keeps one core busy, so more starts at once than cores only slow each other down.
         self._slots = asyncio.Semaphore(local.parallel_starts or len(os.sched_getaffinity(0)))
         self._tasks: list[asyncio.Task[None]] = []
+        self._asked: set[str] = set()  # names of those whose next end was asked for
         self._session: aiohttp.ClientSession | None = None
         self._stopping = False
 
@@ -130,6 +123,43 @@ class Supervisor:
                 return process
         raise KeyError(name)
 
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """For questions to the processes; there between `__aenter__` and `__aexit__`."""
+        assert self._session is not None
+        return self._session
+
+    def mark(self, process: FleetProcess, state: State, why: str = "") -> None:
+        """Say that a running process is `draining`, or `ready` again."""
+        self._change(process, state, why)
+
+    async def renew(self, process: FleetProcess) -> None:
+        """End a process and wait until it is ready in another life; one that had failed for good is started anew.
+
+        It counts for no limit on restarts and waits for no back-off. Raises StartFailed where it is not ready at once;
+        it is then kept as after any other end.
+        """
+        if process.state == "failed":
+            process.restarts += 1
+            ready = asyncio.get_running_loop().create_future()
+            self._tasks.append(asyncio.create_task(self._keep(process, ready), name=process.name))
+            await ready
+            return
+        life = process.restarts
+        try:
+            if process.state in ("ready", "draining"):  # else it has ended by itself and is being started
+                life += 1
+                self._asked.add(process.name)
+                self._change(process, "stopping", "as asked")
+                await process.stop()
+            end = time.monotonic() + self.local.start_timeout / 1000 + _KNOWN_S
+            while process.restarts < life or process.state != "ready":
+                if process.restarts > life or process.state == "failed" or time.monotonic() > end:
+                    raise StartFailed(f"{process.name} did not become ready again\n{process.log_tail()}")
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            self._asked.discard(process.name)
+
     async def _stop_one(self, process: FleetProcess) -> None:
         if process.running:
             self._change(process, "stopping", "")
@@ -147,6 +177,11 @@ class Supervisor:
                 if not first.done():
                     first.set_result(None)
                 code = await process.wait()
+                if process.name in self._asked:
+                    self._asked.discard(process.name)
+                    process.restarts += 1
+                    self._change(process, "restarting", "as asked")
+                    continue
                 problem = f"ended with status {code}"
                 if process.ready_at and time.monotonic() - process.ready_at > policy.reset_after / 1000:
                     in_a_row = 0
@@ -194,58 +229,8 @@ class Supervisor:
         decoders = [p.state != "failed" for p in self.processes if p.launch.role in ("decode", "any")]
         return all(routers) and (any(decoders) or not decoders)
 
-    def _change(self, process: FleetProcess, state: Any, why: str) -> None:
+    def _change(self, process: FleetProcess, state: State, why: str) -> None:
         process.state = state
-        self._write_state()
+        write_state(self.local.log_dir, self.processes)
         if self._on_change is not None:
             self._on_change(process, why)
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """What is known of each process, as JSON types."""
-        return [
-            {
-                "name": process.name,
-                "role": process.launch.role,
-                "url": process.launch.url,
-                "state": process.state,
-                "restarts": process.restarts,
-                "exit_code": process.exit_code,
-                "pids": process.pids(),
-                "log": str(process.launch.log),
-            }
-            for process in self.processes
-        ]
-
-    def _write_state(self) -> None:
-        path = self.local.log_dir / STATE_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"pid": os.getpid(), "processes": self.snapshot()}, indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step, for readers at any time."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def plan(spec: FleetSpec) -> list[Launch]:
-    """Every process of the fleet, the router last. Raises DeviceError, ModelError, FileNotFoundError, KeyFileError, and
-    PredictError where the controller could not decide."""
-    if spec.roles.control:
-        from vllm_suite.roles.follow import rule_of
-
-        rule_of(spec)
-    instances = plan_instances(spec)
-    router = plan_router(spec, instances)
-    return [*instances, *([plan_controller(spec, router)] if spec.roles.control else []), router]
-
-
-def supervise(spec: FleetSpec, on_change: OnChange | None = None) -> Supervisor:
-    """A supervisor for the whole fleet; writes the configuration of router and controller. Errors as `plan`."""
-    launches = plan(spec)
-    spec.local.log_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(spec.local.log_dir / "router.yaml", router_config(spec, launches[:-1]))
-    if spec.roles.control:
-        write_atomically(spec.local.log_dir / "controller.yaml", controller_fleet(spec))
-    return Supervisor(launches, spec.local, on_change)

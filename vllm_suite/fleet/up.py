@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from vllm_suite.fleet.assemble import plan, supervise
 from vllm_suite.fleet.console import Console
+from vllm_suite.fleet.control import Control
 from vllm_suite.fleet.devices import DeviceError
+from vllm_suite.fleet.files import explain
 from vllm_suite.fleet.keeper import adopt_orphans
-from vllm_suite.fleet.launch import Launch, ModelError, router_config
+from vllm_suite.fleet.launch import WITHDRAWN_FILE, Launch, ModelError, router_config
 from vllm_suite.fleet.process import PortTaken
+from vllm_suite.fleet.restart import NotRestarted, Order, Roll, Unknown
 from vllm_suite.fleet.spec import FleetSpec
-from vllm_suite.fleet.supervisor import StartFailed, plan, supervise, write_atomically
+from vllm_suite.fleet.state_file import write_atomically
+from vllm_suite.fleet.supervisor import StartFailed, Supervisor
 from vllm_suite.provenance import provenance
 from vllm_suite.roles.predict import PredictError
 from vllm_suite.router.auth import KeyFileError
@@ -87,7 +95,8 @@ async def _run(spec: FleetSpec, json_file: Path | None) -> int:
                 if json_file is not None:
                     _write_json(json_file, [process.launch for process in supervisor.processes])
                 broken = asyncio.create_task(supervisor.broken.wait())
-                await asyncio.wait([stopping, broken], return_when=asyncio.FIRST_COMPLETED)
+                async with Control(spec.local.log_dir, functools.partial(_restart, supervisor)):
+                    await asyncio.wait([stopping, broken], return_when=asyncio.FIRST_COMPLETED)
                 broken.cancel()
             else:
                 starting.cancel()
@@ -96,6 +105,25 @@ async def _run(spec: FleetSpec, json_file: Path | None) -> int:
         stopping.cancel()
         console.say("stopped; nothing is left running")
     return 1 if supervisor.broken.is_set() else 0
+
+
+async def _restart(
+    supervisor: Supervisor, given: Any, say: Callable[[str], None], unwanted: asyncio.Event
+) -> dict[str, Any]:
+    """`control.Work`: an order of `vllm-suite restart`."""
+    try:
+        order = Order.model_validate(given)
+    except ValidationError as error:
+        return {"status": 2, "problem": "; ".join(explain(error, Order)), "restarted": []}
+    roll = Roll(supervisor, supervisor.local.log_dir / WITHDRAWN_FILE, order, say, unwanted)
+    status, problem = 0, None
+    try:
+        await roll.run()
+    except Unknown as error:
+        status, problem = 2, str(error)
+    except NotRestarted as error:
+        status, problem = 1, str(error)
+    return {"status": status, "problem": problem, "restarted": roll.restarted}
 
 
 def _write_json(path: Path, launches: Sequence[Launch]) -> None:

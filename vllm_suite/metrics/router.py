@@ -64,7 +64,12 @@ ROUTER: tuple[SeriesSpec, ...] = (
     ),
     _counter("decisions", "Whether prefill ran on another instance, and why.", _PATH, one_of("reason", *_WHOLE)),
     _counter("picks", "Instances chosen.", _STAGE, _INSTANCE),
-    _counter("recoveries", "Steps taken after a failure.", one_of("step", *_STEPS), one_of("reason", *_KINDS)),
+    _counter(
+        "recoveries",
+        "Steps taken after a failure.",
+        one_of("step", *_STEPS),
+        one_of("reason", *_KINDS, "other_version"),
+    ),
     _counter("upstream_errors", "Failed attempts on instances.", _STAGE, _KIND),
     _counter("timeouts", "Deadlines passed.", _TIMED),
     _counter("stream_errors", "Answers that broke off after their first byte.", one_of("reason", *_KINDS)),

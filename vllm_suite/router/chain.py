@@ -12,7 +12,7 @@ from aiohttp import web
 from vllm_suite.router.blame import Blame, Failure, kind_of
 from vllm_suite.router.bodies import decode_body, prefill_queue_s
 from vllm_suite.router.config import RouterConfig
-from vllm_suite.router.decide import DECODE_ROLES, prefill_members, whole_reason
+from vllm_suite.router.decide import DECODE_ROLES, pairs, prefill_members, whole_reason
 from vllm_suite.router.encode.refusal import MediaRefused
 from vllm_suite.router.encode.stage import EncodeStage
 from vllm_suite.router.errors import StageTimeout, UpstreamFailure, error_response
@@ -112,16 +112,24 @@ class Chain:
 
     # Decode
 
-    async def _pick_decode(self, job: Job, excluded: set[Member], *, wait: bool) -> Member | None:
+    async def _pick_decode(
+        self, job: Job, excluded: set[Member], *, wait: bool, blocks_of: Member | None = None
+    ) -> Member | None:
+        """One that can decode, where there is a choice one that takes the blocks that another has computed."""
         model, policy = job.prompt.model, self._policy
-        member = pick(self._pool.eligible(DECODE_ROLES, model, excluded), policy, job.demand)
+
+        def able() -> list[Member]:
+            found = self._pool.eligible(DECODE_ROLES, model, excluded)
+            return [one for one in found if pairs(blocks_of, one)] or found if blocks_of is not None else found
+
+        member = pick(able(), policy, job.demand)
         if member is not None or not wait:
             return member
         end = time.monotonic() + self._config.limits.wait_for_instance_s
         while member is None and (left_s := end - time.monotonic()) > 0:
             job.guard.enter("wait", left_s + 1.0)
             await self._pool.wait_change(left_s)
-            member = pick(self._pool.eligible(DECODE_ROLES, model, excluded), policy, job.demand)
+            member = pick(able(), policy, job.demand)
         self._metrics.count("waits", "found" if member is not None else "gave_up")
         return member
 
@@ -137,12 +145,18 @@ class Chain:
             output_tokens = lengths.expected(prompt, keys, first.state.max_model_len)
         tokens = job.tokens + output_tokens
         excluded: set[Member] = set()
-        member: Member | None = first if first.ready else await self._pick_decode(job, excluded, wait=True)
+        member: Member | None = first
+        if not first.ready:
+            member = await self._pick_decode(job, excluded, wait=True, blocks_of=job.prefilled)
         failure: Failure = UpstreamFailure("no_instance", "no decode instance is ready", status=503)
         retries = config.recovery.decode_retries
         failed: Member | None = None
         refusals: list[Member] = []
         while member is not None:
+            if reference is not None and job.prefilled is not None and not pairs(job.prefilled, member):
+                # Amid an upgrade the only one left is of another version: it computes the prompt itself.
+                reference = None
+                metrics.recovered("reference_dropped", "other_version", member.instance_id, job.rid)
             metrics.count("picks", "decode", member.instance_id)
             url = member.chat if job.prompt.endpoint == "chat" else member.completions
             own = job.prompt.body if media is None else media.body_for(member)
@@ -205,7 +219,8 @@ class Chain:
                 # Decode may have used the reference, and a used one names blocks that may be someone else's.
                 reference = None
                 metrics.recovered("reference_dropped", kind, failed.instance_id, job.rid)
-            member = await self._pick_decode(job, excluded, wait=kind in _WAITS)
+            blocks_of = job.prefilled if reference is not None else None
+            member = await self._pick_decode(job, excluded, wait=kind in _WAITS, blocks_of=blocks_of)
             if member is not None:
                 metrics.recovered("decode_retry", kind, failed.instance_id, job.rid)
         metrics.recovered("error", kind_of(failure), failed.instance_id if failed else "", job.rid)

@@ -72,6 +72,11 @@ class Membership(_Settings):
     """Where instances are looked for, and how their identity and readiness are asked."""
 
     static: tuple[StaticTarget, ...] = ()
+    withdrawn_file: Path | None = Field(
+        default=None,
+        description="addresses of `static`, one a line, that get no new work for now; read again and again. Written by "
+        "`vllm-suite up`",
+    )
     dns: tuple[DnsTarget, ...] = ()
     kubernetes: tuple[ServiceTarget, ...] = ()
     state: Literal["suite", "stock"] = Field(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vllm_suite.router.config import DnsTarget, Membership, Role, StaticTarget
+
+_FILE_S = 0.25
 
 
 class Target(NamedTuple):
@@ -40,18 +43,29 @@ class Discovery(Protocol):
 
 
 class StaticDiscovery:
-    """The addresses of the settings."""
+    """The addresses of the settings, without those that a file withdraws for now: one a line, none without the file."""
 
-    interval_s: float | None = None
-
-    def __init__(self, targets: Iterable[StaticTarget]) -> None:
+    def __init__(self, targets: Iterable[StaticTarget], withdrawn: Path | None = None) -> None:
+        self.interval_s: float | None = None if withdrawn is None else _FILE_S
         self._targets = frozenset(Target(target.url, target.role) for target in targets)
+        self._withdrawn = withdrawn
 
     async def targets(self) -> frozenset[Target]:
-        return self._targets
+        out = self._out()
+        return frozenset(target for target in self._targets if target.url not in out)
 
     async def close(self) -> None:
         pass
+
+    def _out(self) -> set[str]:
+        if self._withdrawn is None:
+            return set()
+        try:
+            return set(self._withdrawn.read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            return set()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise DiscoveryError(f"{self._withdrawn}: {exc}") from exc
 
 
 class DnsDiscovery:
@@ -83,7 +97,8 @@ class DnsDiscovery:
 
 def discoveries(settings: Membership) -> list[Discovery]:
     """The sources that the settings name. Raises kube.client.NotInCluster."""
-    found: list[Discovery] = [StaticDiscovery(settings.static)] if settings.static else []
+    static = StaticDiscovery(settings.static, settings.withdrawn_file)
+    found: list[Discovery] = [static] if settings.static else []
     found += [DnsDiscovery(target, settings.dns_interval_s) for target in settings.dns]
     if settings.kubernetes:
         from vllm_suite.kube.client import Kube

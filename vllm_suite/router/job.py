@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 
 from vllm_suite.router.encode.plan import Plan
 from vllm_suite.router.guard import Guard
+from vllm_suite.router.members import Member
 from vllm_suite.router.policies import Demand
 from vllm_suite.router.prompt import Prompt
 from vllm_suite.router.tracing import OFF, Trace
@@ -35,6 +36,7 @@ class Job:
     hashes: list[int] | None = None
     demand: Demand = field(default=Demand(0, None))
     media: Plan | None = None  # from the encode stage, where the request has any
+    prefilled: Member | None = None  # whose KV blocks the reference names
     answer: Opened | None = None  # the one that the client gets
     laps: dict[str, float] = field(default_factory=dict)  # seconds by stage, for `times`
     lapped: float = 0.0

@@ -101,6 +101,7 @@ class Member:
         self.key = hash64(state.instance_id.encode())
         self.suspect = False
         self.reachable = True
+        self.forgotten = False  # it is no member any more; requests that had chosen it choose again
         # When it last refused work that its role does not do: nothing goes to it before a later poll.
         self.refused_at: float | None = None
         self.outstanding_requests = 0
@@ -115,7 +116,9 @@ class Member:
     @property
     def ready(self) -> bool:
         """Says it is ready, answered its last poll, and has failed no request since."""
-        return self.state.ready and self.reachable and not self.suspect and self.refused_at is None
+        if self.forgotten or self.suspect or self.refused_at is not None:
+            return False
+        return self.state.ready and self.reachable
 
     @property
     def makes_items(self) -> bool:
@@ -185,6 +188,7 @@ class Pool:
 
     def forget(self, member: Member) -> None:
         """Drop a member with its history and its counts."""
+        member.forgotten = True
         self._members.pop((member.instance_id, member.epoch), None)
         self._resort()
 

@@ -95,6 +95,7 @@ class Prefill:
                 member.discharge(job.tokens)
             metrics.observe(time.perf_counter() - began, "prefill_seconds")
             self._learn(job.prompt, exact)
+            job.prefilled = member
             if reference is None:
                 metrics.recovered("decode_alone", "no_reference", member.instance_id, job.rid)
             elif job.hashes:

@@ -43,8 +43,11 @@ matchExpressions:
 
 {{/* "true" where clients need a key. */}}
 {{- define "suite.clientKey" -}}
-{{- if or .Values.kubernetes.keys.require_api_key (dig "auth" "api_keys" list (default dict .Values.router)) -}}true{{- end -}}
+{{- if or .Values.kubernetes.keys.require_api_key .Values.kubernetes.keys.client_secret (dig "auth" "api_keys" list (default dict .Values.router)) -}}true{{- end -}}
 {{- end -}}
+
+{{/* Where routers find the keys of clients that have a Secret of their own. */}}
+{{- define "suite.clientKeysFolder" -}}/etc/vllm-suite-api-keys{{- end -}}
 
 {{- define "suite.podSecurity" -}}
 runAsNonRoot: true

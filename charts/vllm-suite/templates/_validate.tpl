@@ -3,6 +3,7 @@
 {{- $v := .Values -}}
 {{- $k := $v.kubernetes -}}
 {{- $counts := dict -}}
+{{- $start := dig "roles" "start" dict (omit $v.AsMap "kubernetes") -}}
 {{- range $role := list "encode" "prefill" "decode" "any" -}}
   {{- $pool := get $v.pools $role -}}
   {{- $_ := set $counts $role 0 -}}
@@ -16,6 +17,25 @@
 {{- if and $counts.encode (not (has "epd" $v.plugins)) -}}
   {{- fail "pools.encode: encoder instances need plugin epd" -}}
 {{- end -}}
+{{- range $role := list "encode" "prefill" "decode" "any" -}}
+  {{- if get $counts $role -}}
+    {{- $engine := include "suite.engine" (dict "root" $ "pool" (get $v.pools $role)) | fromJson -}}
+    {{- if gt (int (default 1 $engine.pipeline_parallel_size)) 1 -}}
+      {{- if and (eq $role "decode") (has "disagg" $v.plugins) -}}
+        {{- fail (printf "pools.%s: pipeline_parallel_size: vLLM's NIXL connector takes no pipeline stages on decode; use tensor_parallel_size" $role) -}}
+      {{- end -}}
+      {{- if and $counts.encode (has "epd" $v.plugins) -}}
+        {{- fail (printf "pools.%s: pipeline_parallel_size: encoder outputs are not taken by pipeline stages; use tensor_parallel_size" $role) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- if and $counts.encode (has "--language-model-only" $engine.args) -}}
+      {{- fail (printf "pools.%s: --language-model-only refuses media, so there is nothing for pools.encode to encode" $role) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- if and $start.encode (not (has "epd" $v.plugins)) -}}
+  {{- fail (printf "roles.start.encode: encoding needs plugin epd; plugins is %s" (toJson $v.plugins)) -}}
+{{- end -}}
 {{- if not (regexMatch "^[a-z]" .Release.Name) -}}
   {{- fail (printf "release name %s: names of Services begin with a letter" .Release.Name) -}}
 {{- end -}}
@@ -25,7 +45,6 @@
 {{- if and (dig "roles" "scale" dict (omit $v.AsMap "kubernetes")) (dig "pools" "any" "autoscaling" dict $k) -}}
   {{- fail "roles.scale and kubernetes.pools.any.autoscaling would both set the size of the pool; give one" -}}
 {{- end -}}
-{{- $start := dig "roles" "start" dict (omit $v.AsMap "kubernetes") -}}
 {{- $wanted := add (int (default 0 $start.encode)) (int (default 0 $start.prefill)) (int (default 0 $start.decode)) -}}
 {{- if gt (int $wanted) (int $counts.any) -}}
   {{- fail (printf "roles.start: %d instances, and pools.any has %d" (int $wanted) (int $counts.any)) -}}
@@ -43,13 +62,16 @@
   {{- end -}}
 {{- end -}}
 {{- if gt (len (default list $auth.api_keys)) 1 -}}
-  {{- fail "router.auth.api_keys: one key can be given here; put several into the api-key of kubernetes.keys.existing_secret, one Secret a fleet" -}}
+  {{- fail "router.auth.api_keys: one key can be given here; list several in a Secret of their own: kubernetes.keys.client_secret" -}}
 {{- end -}}
 {{- if and $k.keys.existing_secret (or $auth.api_keys $auth.upstream_api_key $auth.control_key) -}}
   {{- fail "kubernetes.keys.existing_secret holds the fleet's keys; leave them out of router.auth" -}}
 {{- end -}}
 {{- if and $k.keys.require_api_key (not $k.keys.existing_secret) -}}
   {{- fail "kubernetes.keys.require_api_key goes with existing_secret; otherwise give router.auth.api_keys" -}}
+{{- end -}}
+{{- if and $k.keys.client_secret $k.keys.existing_secret (not $k.keys.require_api_key) -}}
+  {{- fail "kubernetes.keys.client_secret: existing_secret needs an api-key too (require_api_key: true), which probes, helm test and Prometheus send" -}}
 {{- end -}}
 {{- if and $k.model.claim $k.model.image -}}
   {{- fail "kubernetes.model: give claim or image" -}}
@@ -62,6 +84,9 @@
 {{- end -}}
 {{- if and (not (or $k.model.claim $k.model.image)) (or (hasPrefix "/" $v.model) (hasPrefix "." $v.model)) -}}
   {{- fail (printf "model: %s is a folder; say in kubernetes.model which claim or image holds it" $v.model) -}}
+{{- end -}}
+{{- if dig "membership" "withdrawn_file" "" (default dict $v.router) -}}
+  {{- fail "router.membership.withdrawn_file: `up` writes it, of its own instances; leave it out" -}}
 {{- end -}}
 {{- if dig "lengths" "state_file" "" (default dict $v.router) -}}
   {{- fail "router.lengths.state_file: a router's pod keeps no files; leave it out" -}}

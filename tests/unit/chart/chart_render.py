@@ -88,9 +88,20 @@ CASES: dict[str, Object] = {
         kubernetes={"device": "cpu", "model": {"claim": "weights"}, "router": {"replicas": 1}, "surge": False},
     ),
     "large": fleet(
-        engine={"max_num_batched_tokens": 1048576, "seed": 0, "enable_prefix_caching": False, "args": ["--a"]},
+        engine={
+            "max_num_batched_tokens": 1048576,
+            "seed": 0,
+            "enable_prefix_caching": False,
+            "args": ["--disable-log-stats"],
+        },
         pools={
-            "prefill": {"engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2, "args": ["--b", "c d"]}},
+            "prefill": {
+                "engine": {
+                    "tensor_parallel_size": 8,
+                    "pipeline_parallel_size": 2,
+                    "args": ["--override-generation-config", '{"top_k": 5}'],
+                }
+            },
             "decode": {"engine": {"data_parallel_size": 4, "tensor_parallel_size": 2, "enable_prefix_caching": True}},
         },
         slo={"ttft": "1.5s"},
@@ -127,6 +138,7 @@ CASES: dict[str, Object] = {
         router={"auth": {"api_keys": ["client"]}, "membership": {"poll_interval_s": 0.25}},
         kubernetes={
             "controller": {"labels": {"team": "a"}},
+            "keys": {"client_secret": "clients"},
             "gateway": {
                 "parents": [{"name": "public", "namespace": "edge", "section": "https"}],
                 "hostnames": ["llm.example.com"],
@@ -155,3 +167,17 @@ CASES: dict[str, Object] = {
         },
     ),
 }
+
+_SMALL = ("--model", "Qwen/Qwen3-0.6B", "--gpus", "2xRTX-4090", "--isl", "200", "--osl", "20", "--ttft", "200ms",
+          "--tpot", "20ms", "--requests", "200", "--space", "pp=1", "tp=1", "tokens=2048", "seqs=256")  # fmt: skip
+PLANS: dict[str, tuple[str, ...]] = {
+    "planned colocated": (*_SMALL, "kinds=colocated"),
+    "planned pd": (*_SMALL, "kinds=pd"),
+    # Instances over two nodes of eight, and encoders.
+    "planned epd": (
+        "--model", "Qwen/Qwen2.5-VL-72B-Instruct", "--gpus", "40xH100", "--images", "1", "--isl", "500", "--osl", "20",
+        "--ttft", "3s", "--tpot", "100ms", "--requests", "100", "--space", "pp=1", "tp=16", "wide_tp=yes",
+        "encode_tp=1", "kinds=epd", "seqs=64", "tokens=4096",
+    ),
+}  # fmt: skip
+"""Arguments of `vllm-suite plan`, by a name for what it finds."""

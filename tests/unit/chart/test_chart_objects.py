@@ -10,6 +10,8 @@ import helm_python
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
+from chart_objects import validate
 from chart_render import CASES, CHART, FOREIGN, container, files, find, fleet, render
 
 OTHERS = ("1.29", "1.32", "1.37")
@@ -21,14 +23,7 @@ OTHERS = ("1.29", "1.32", "1.37")
 )
 def test_objects_are_valid(name: str, version: str) -> None:
     for found in render(CASES[name], f"v{version}.0"):
-        if found["apiVersion"] not in FOREIGN:
-            kubernetes_validate.validate(found, version, strict=True)
-            continue
-        crd_schemas.validate(found)
-        if found["kind"] == "LeaderWorkerSet":
-            for which in ("leaderTemplate", "workerTemplate"):
-                pod = {"apiVersion": "v1", "kind": "Pod", **found["spec"]["leaderWorkerTemplate"][which]}
-                kubernetes_validate.validate(pod, version, strict=True)
+        validate(found, version)
 
 
 def test_the_validator_does_catch_a_wrong_key() -> None:
@@ -126,7 +121,7 @@ def test_probes_and_drain() -> None:
 
 
 def test_every_hook_is_a_verb_of_the_pod_tool(capsys: pytest.CaptureFixture[str]) -> None:
-    from vllm_suite.fleet import pod
+    from vllm_suite.fleet.pod.command import parser
 
     seen = set()
     for name in CASES:
@@ -137,7 +132,7 @@ def test_every_hook_is_a_verb_of_the_pod_tool(capsys: pytest.CaptureFixture[str]
                 commands.append(one.get("readinessProbe", {}).get("exec", {}).get("command", []))
                 for command in commands:
                     if "vllm_suite.fleet.pod" in command:
-                        args = pod.parser().parse_args(command[3:])
+                        args = parser().parse_args(command[3:])
                         seen.add(args.verb)
     assert seen == {"ready", "router-ready", "drain", "outlive", "check"}
 
@@ -220,6 +215,33 @@ def test_keys_are_made_and_differ() -> None:
     sources = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in router["env"] if "valueFrom" in one}
     assert sources["VLLM_SUITE_API_KEY"] == {"name": "mine", "key": "api-key"}
     assert len(sources) == 4
+
+
+def test_clients_have_keys_of_their_own() -> None:
+    """Listed in a Secret that the chart only names; the fleet's own questions go with a key that it draws."""
+    objects = render(fleet(kubernetes={"keys": {"client_secret": "clients", "client_secret_key": "list.txt"}}))
+    router = find(objects, "Deployment", "llm-router")["spec"]["template"]["spec"]
+    (volume,) = [one for one in router["volumes"] if one["name"] == "api-keys"]
+    assert volume["secret"]["secretName"] == "clients"
+    assert volume["secret"]["items"] == [{"key": "list.txt", "path": "keys"}]
+    (mount,) = [one for one in router["containers"][0]["volumeMounts"] if one["name"] == "api-keys"]
+    config = yaml.safe_load(find(objects, "ConfigMap", "llm-router")["data"]["router.yaml"])
+    assert config["auth"] == {"api_key_file": mount["mountPath"] + "/keys"}
+    assert mount["readOnly"] is True
+    assert len(base64.b64decode(find(objects, "Secret", "llm-keys")["data"]["api-key"])) == 40
+    sent = {"name": "llm-keys", "key": "api-key"}
+    for one in (router["containers"][0], find(objects, "Pod", "llm-test")["spec"]["containers"][0]):
+        (entry,) = [entry for entry in one["env"] if entry["name"] == "VLLM_SUITE_API_KEY"]
+        assert entry["valueFrom"]["secretKeyRef"] == sent
+    monitor = find(objects, "PodMonitor", "llm-router")["spec"]["podMetricsEndpoints"][0]
+    assert monitor["authorization"]["credentials"] == sent
+    # With a Secret for the fleet too, both are only named.
+    keys = {"existing_secret": "mine", "require_api_key": True, "client_secret": "clients"}
+    objects = render(fleet(kubernetes={"keys": keys}))
+    assert not [one for one in objects if one["kind"] == "Secret"]
+    router = container(find(objects, "Deployment", "llm-router"))
+    (entry,) = [entry for entry in router["env"] if entry["name"] == "VLLM_SUITE_API_KEY"]
+    assert entry["valueFrom"]["secretKeyRef"] == {"name": "mine", "key": "api-key"}
 
 
 def test_monitors_only_where_the_operator_is() -> None:

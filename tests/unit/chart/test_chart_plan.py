@@ -6,21 +6,60 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chart_render import container, find, render
+from chart_objects import validate
+from chart_render import PLANS, container, find, render
 
 from vllm_suite.cli.main import main
 from vllm_suite.fleet.files import load_fleet
 
-PLAN = ["plan", "--model", "Qwen/Qwen3-0.6B", "--gpus", "2xRTX-4090", "--isl", "200", "--osl", "20", "--ttft", "200ms",
-        "--tpot", "20ms", "--requests", "200", "--processes", "1", "--space", "pp=1", "tp=1", "tokens=2048", "seqs=256",
-        "kinds=pd"]  # fmt: skip
+VERSIONS = ("1.29", "1.32", "1.34", "1.37")
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("plan") / "fleet.yaml"
-    assert main([*PLAN, "-o", str(made)]) == 0
-    return made
+@pytest.fixture
+def path(planned: dict[str, Path]) -> Path:
+    return planned["planned pd"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", PLANS)
+def test_every_object_of_a_plan_is_valid(name: str, version: str, planned: dict[str, Path]) -> None:
+    objects = render(yaml.safe_load(planned[name].read_text()), f"v{version}.0")
+    assert len(objects) > 10
+    for found in objects:
+        validate(found, version)
+
+
+def test_the_shape_of_the_plan_is_that_of_the_release(planned: dict[str, Path]) -> None:
+    kinds = ("Deployment", "LeaderWorkerSet")
+    found = {}
+    for name in PLANS:
+        objects = [one for one in render(yaml.safe_load(planned[name].read_text())) if one["kind"] in kinds]
+        found[name] = {one["metadata"]["name"].removeprefix("llm-"): one["kind"] for one in objects}
+    assert found["planned colocated"] == {"any": "Deployment", "router": "Deployment"}
+    assert found["planned pd"] == {"prefill": "Deployment", "decode": "Deployment", "router": "Deployment"}
+    assert found["planned epd"] == {
+        "encode": "Deployment",
+        "prefill": "LeaderWorkerSet",
+        "decode": "LeaderWorkerSet",
+        "router": "Deployment",
+    }
+    (wide,) = [
+        one for one in render(yaml.safe_load(planned["planned epd"].read_text()))
+        if (one["kind"], one["metadata"]["name"]) == ("LeaderWorkerSet", "llm-decode")
+    ]  # fmt: skip
+    template = wide["spec"]["leaderWorkerTemplate"]
+    assert template["size"] == 2
+    leader = template["leaderTemplate"]["spec"]["containers"][0]
+    assert leader["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert leader["args"][leader["args"].index("--tensor-parallel-size") + 1] == "16"
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_up_takes_each(name: str, planned: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", str(planned[name]), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for role, pool in load_fleet(planned[name]).pools.items():
+        assert said.count(f"# planned-{role}-") == pool.replicas
 
 
 def test_what_was_predicted_is_in_the_file(path: Path) -> None:

@@ -79,6 +79,38 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "encoders without epd": (fleet(pools={"encode": {}, "decode": {}}), "needs? plugin epd|need plugin epd"),
     "a controller of nothing": (fleet(roles={"control": True}), "pools.any"),
     "more roles than instances": (fleet(pools={"any": {}}, roles={"start": {"decode": 2}}), "roles.start"),
+    "a file of up": (fleet(router={"membership": {"withdrawn_file": "/a"}}), "of its own instances"),
+    "stages that decode": (
+        fleet(pools={"prefill": {}, "decode": {"engine": {"pipeline_parallel_size": 2}}}),
+        "pools.decode: pipeline_parallel_size: vLLM's NIXL connector takes no pipeline stages on decode; "
+        "use tensor_parallel_size",
+    ),
+    "stages that decode, for all roles": (
+        fleet(engine={"pipeline_parallel_size": 2}),
+        "pools.decode: pipeline_parallel_size: vLLM's NIXL connector",
+    ),
+    "stages and encoders": (
+        fleet(
+            plugins=["disagg", "epd"],
+            pools={"encode": {}, "prefill": {"engine": {"pipeline_parallel_size": 2}}, "decode": {}},
+        ),
+        "pools.prefill: pipeline_parallel_size: encoder outputs are not taken by pipeline stages; "
+        "use tensor_parallel_size",
+    ),
+    "encoders for a text model": (
+        fleet(
+            plugins=["disagg", "epd"], pools={"encode": {}, "decode": {"engine": {"args": ["--language-model-only"]}}}
+        ),
+        "pools.decode: --language-model-only refuses media, so there is nothing for pools.encode to encode",
+    ),
+    "encoders to begin with, without epd": (
+        fleet(pools={"any": {"replicas": 2}}, roles={"start": {"encode": 1}}),
+        "roles.start.encode: encoding needs plugin epd; plugins is",
+    ),
+    "keys of clients without one of the fleet's own": (
+        fleet(kubernetes={"keys": {"existing_secret": "fleet", "client_secret": "clients"}}),
+        "client_secret: existing_secret needs an api-key too",
+    ),
     "bad quantity": (fleet(kubernetes={"shm_size": "much"}), "shm_size"),
     "two model sources": (
         fleet(model="/models/a", kubernetes={"model": {"claim": "a", "image": "b"}}),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_suite.fleet.launch import Launch
-from vllm_suite.fleet.spec import LocalSpec
+from vllm_suite.fleet.spec import LocalSpec, PoolRole
 
 # Serves /health; GET /exit?N ends the process with status N. Started with `fail` it ends at once, with `never` it
 # is never ready, with `deaf` neither that nor moved by SIGTERM, with `child` it has a child.
@@ -30,6 +30,66 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+
+# An instance as a router sees it: takes completions, of which `max_tokens` are the tenths of a second that one takes,
+# and says what runs in it. Where the file `leases` lies in its folder, as many leases as that says are outstanding;
+# where `fail` does, it does not start.
+ENGINE = """
+import http.server, json, os, pathlib, sys, threading, time
+port, name, role, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4])
+if (folder / (name + ".fail")).exists():
+    sys.exit("no such model: nowhere")
+epoch, running, lock = str(time.time_ns()), 0, threading.Lock()
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def say(self, status, body, kind="application/json"):
+        data = body.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def do_GET(self):
+        load = {"running": 0, "waiting": 0}
+        state = {"instance_id": name, "epoch": epoch, "role": role, "ready": True, "models": ["tiny"], "load": load,
+                 "running": {"decode": running}}
+        if self.path == "/metrics":
+            kept = folder / (name + ".leases")
+            leases = kept.read_text() if kept.exists() else "0"
+            self.say(200, "vllm_suite_kv_leases_outstanding " + leases + "\\n", "text/plain")
+        else:
+            self.say(200, json.dumps(state))
+    def do_POST(self):
+        global running
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with lock:
+            running += 1
+        try:
+            time.sleep(body["max_tokens"] / 10)
+            params = body.get("kv_transfer_params") and {"do_remote_prefill": True, "remote_engine_id": name}
+            choice = {"index": 0, "text": name, "finish_reason": "length"}
+            self.say(200, json.dumps({"id": "x", "object": "text_completion", "created": 1, "model": "tiny",
+                                      "choices": [choice], "kv_transfer_params": params,
+                                      "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}}))
+        finally:
+            with lock:
+                running -= 1
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def engine(folder: Path, port: int, name: str, role: PoolRole) -> Launch:
+    """A launch of ENGINE."""
+    return Launch(
+        name=name,
+        role=role,
+        argv=(sys.executable, "-I", "-S", "-c", ENGINE, str(port), name, role, str(folder)),
+        url=f"http://127.0.0.1:{port}",
+        log=folder / f"{name}.log",
+        ready="state",
+        ports=(port,),
+    )
 
 
 def server(folder: Path, port: int, mode: str = "serve", name: str = "one") -> Launch:

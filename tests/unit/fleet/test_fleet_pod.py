@@ -13,7 +13,10 @@ from typing import Any, get_args
 import pytest
 from prometheus_client import generate_latest
 
-from vllm_suite.fleet import pod
+from vllm_suite.fleet.pod import checking, leaving
+from vllm_suite.fleet.pod.asking import CLIENT_KEYS, CONTROL_KEYS, CheckFailed
+from vllm_suite.fleet.pod.command import main
+from vllm_suite.fleet.pod.leaving import drain
 from vllm_suite.metrics import ROUTER
 from vllm_suite.roles.state import Phase
 from vllm_suite.router.members import Pool
@@ -103,7 +106,7 @@ def server() -> Iterator[Server]:
 
 
 def run(*argv: str) -> int:
-    return pod.main(["--timeout", "2", *argv])
+    return main(["--timeout", "2", *argv])
 
 
 def test_ready_means_role_and_connector_too(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +136,7 @@ def test_an_instance_that_changes_its_role_stays_ready(server: Server, capsys: p
 
 def test_the_control_key_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "k"
-    for name in (*pod.CONTROL_KEYS, *pod.CLIENT_KEYS):
+    for name in (*CONTROL_KEYS, *CLIENT_KEYS):
         monkeypatch.delenv(name, raising=False)
     assert run("ready", "--url", server.url) == 1
     monkeypatch.setenv("VLLM_SUITE_CONTROL_KEY", "k")
@@ -170,45 +173,45 @@ class Clock:
 
 def test_drain_waits_for_requests_and_then_for_blocks(server: Server) -> None:
     clock = Clock(server, {0: (2, 0), 40: (0, 1), 47: (0, 0)})
-    assert pod.drain(server.url, 10.0, 300.0, clock.sleep, clock) == "drained"
+    assert drain(server.url, 10.0, 300.0, clock.sleep, clock) == "drained"
     assert 47 <= clock.now <= 51
 
 
 def test_a_request_between_two_looks_is_waited_for(server: Server) -> None:
     clock = Clock(server, {0: (0, 0), 11: (1, 0), 30: (0, 0)})
-    pod.drain(server.url, 10.0, 300.0, clock.sleep, clock)
+    drain(server.url, 10.0, 300.0, clock.sleep, clock)
     assert clock.now >= 30
 
 
 def test_an_old_gauge_of_leases_does_not_hold_a_pod_for_ever(server: Server) -> None:
     clock = Clock(server, {0: (0, 3)})
-    pod.drain(server.url, 10.0, 300.0, clock.sleep, clock)
+    drain(server.url, 10.0, 300.0, clock.sleep, clock)
     assert 30 <= clock.now <= 33
 
 
 def test_drain_ends_at_its_deadline_or_with_the_instance(server: Server) -> None:
     clock = Clock(server, {0: (1, 0)})
-    with pytest.raises(pod.CheckFailed, match="after 60 s still 1 requests"):
-        pod.drain(server.url, 10.0, 60.0, clock.sleep, clock)
+    with pytest.raises(CheckFailed, match="after 60 s still 1 requests"):
+        drain(server.url, 10.0, 60.0, clock.sleep, clock)
     assert 70 <= clock.now <= 72
-    with pytest.raises(pod.CheckFailed, match="nothing to wait for"):
-        pod.drain("http://127.0.0.1:1", 0.0, 60.0, clock.sleep, clock)
+    with pytest.raises(CheckFailed, match="nothing to wait for"):
+        drain("http://127.0.0.1:1", 0.0, 60.0, clock.sleep, clock)
 
 
 def test_a_late_answer_does_not_cost_the_requests_that_run(server: Server) -> None:
     clock = Clock(server, {0: (1, 0), 40: (0, 0)})
     server.broken = 5
-    assert pod.drain(server.url, 10.0, 300.0, clock.sleep, clock) == "drained"
+    assert drain(server.url, 10.0, 300.0, clock.sleep, clock) == "drained"
     assert clock.now >= 40
     server.broken = 99
-    with pytest.raises(pod.CheckFailed, match="nothing to wait for"):
-        pod.drain(server.url, 0.0, 300.0, clock.sleep, clock)
+    with pytest.raises(CheckFailed, match="nothing to wait for"):
+        drain(server.url, 0.0, 300.0, clock.sleep, clock)
 
 
 def test_drain_counts_at_the_door_where_the_engine_does_not_tell(server: Server) -> None:
     server.state = {**STATE, "load": {}, "running": {"decode": 1, "unknown": 0}}
-    with pytest.raises(pod.CheckFailed, match="still 1 requests"):
-        pod.drain(server.url, 0.0, 0.0, lambda seconds: None)
+    with pytest.raises(CheckFailed, match="still 1 requests"):
+        drain(server.url, 0.0, 0.0, lambda seconds: None)
 
 
 def test_check_proves_that_a_request_was_disaggregated(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +231,7 @@ def test_check_fails_where_decode_did_all(server: Server, capsys: pytest.Capture
     assert run(*asked) == 1
     assert "straight to decode" in capsys.readouterr().err
     server.path_taken, server.pulls_per_request = ("disaggregated", "long"), 0
-    assert pod.main(["--timeout", "0.3", *asked]) == 1
+    assert main(["--timeout", "0.3", *asked]) == 1
     assert "pulled no KV blocks" in capsys.readouterr().err
 
 
@@ -239,7 +242,7 @@ def test_check_without_prefill_wants_an_answer(server: Server) -> None:
 
 def test_a_worker_outlives_its_leader(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LWS_LEADER_ADDRESS", "127.0.0.1")
-    monkeypatch.setattr(pod.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(leaving.time, "sleep", lambda seconds: None)
     assert run("outlive", "--port", str(server.server_port), "--limit", "0.05") == 1
     assert run("outlive", "--port", "1", "--limit", "5") == 0
     answers = iter([TimeoutError("late")] * 3 + [ConnectionRefusedError("gone")])
@@ -247,16 +250,17 @@ def test_a_worker_outlives_its_leader(server: Server, monkeypatch: pytest.Monkey
     def connect(url: str, timeout_s: float) -> None:
         raise next(answers)
 
-    monkeypatch.setattr(pod, "connect", connect)
+    monkeypatch.setattr(leaving, "connect", connect)
     assert run("outlive", "--port", "1", "--limit", "5") == 0
     assert next(answers, None) is None
 
 
 def test_series_that_it_reads_are_the_routers() -> None:
-    assert {pod._DECISIONS, pod._RECOVERIES} <= {spec.name for spec in ROUTER}
+    assert {checking.DECISIONS, checking.RECOVERIES} <= {spec.name for spec in ROUTER}
 
 
 def test_it_starts_without_the_suites_libraries() -> None:
-    code = "import sys, vllm_suite.fleet.pod; print([m for m in ('pydantic', 'aiohttp', 'yaml') if m in sys.modules])"
+    heavy = ("pydantic", "aiohttp", "yaml")
+    code = f"import sys, vllm_suite.fleet.pod.command; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -13,11 +13,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from vllm_suite.fleet.assemble import plan, supervise
 from vllm_suite.fleet.files import parse_fleet
 from vllm_suite.fleet.launch import controller_fleet, plan_instances, router_config
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.status import _controller, local_processes, table
-from vllm_suite.fleet.supervisor import Supervisor, plan, supervise
+from vllm_suite.fleet.supervisor import Supervisor
 from vllm_suite.roles.limits import ENV_LIMITS, parse
 from vllm_suite.roles.predict import PredictError
 

@@ -19,8 +19,8 @@ from vllm_suite import metrics
 from vllm_suite.cli import status as verb
 from vllm_suite.fleet import demo_epd_report, report, status
 from vllm_suite.fleet.scrape import parse
+from vllm_suite.fleet.state_file import STATE_FILE
 from vllm_suite.fleet.status import NoFleet, Source, local_router, snapshot, table
-from vllm_suite.fleet.supervisor import STATE_FILE
 
 METRICS = """# TYPE vllm_suite_kv_pulls_total counter
 vllm_suite_kv_pulls_total{outcome="ok"} 7

@@ -19,7 +19,8 @@ from servers import alive, local, server
 
 from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.fleet.process import FleetProcess, PortTaken
-from vllm_suite.fleet.supervisor import STATE_FILE, StartFailed, Supervisor
+from vllm_suite.fleet.state_file import STATE_FILE
+from vllm_suite.fleet.supervisor import StartFailed, Supervisor
 from vllm_suite.fleet.up import FolderInUse, only_fleet_in
 
 

@@ -22,6 +22,14 @@ REFERENCE = {
     "suite": {"epoch": "e", "digest": "0.10"},
 }
 
+LONG = list(range(100))
+
+
+def body(**over: Any) -> dict[str, Any]:
+    """A completion whose prompt is long enough for prefill."""
+    return {"model": "tiny", "prompt": LONG, "max_tokens": 5, **over}
+
+
 # What vLLM's EngineDeadError says, with type InternalServerError and code 500.
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 

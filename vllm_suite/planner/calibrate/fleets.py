@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_suite.fleet.assemble import supervise
 from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.fleet.spec import FleetSpec
-from vllm_suite.fleet.supervisor import Supervisor, supervise
+from vllm_suite.fleet.supervisor import Supervisor
 
 Kind = Literal["colocated", "disaggregated"]
 KINDS: tuple[Kind, ...] = ("colocated", "disaggregated")
