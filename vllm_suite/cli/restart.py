@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm_suite.cli.arguments import seconds
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         print("vllm-suite restart: give names of instances, or --all", file=sys.stderr)
         return 2
     order = {"names": args.names, "force": args.force, "finish_s": args.finish}
-    end = {"status": 1, "problem": None, "restarted": []}
+    end: dict[str, Any] = {"status": 1, "problem": None, "restarted": []}
     try:
         for answer in give(args.log_dir, order):
             if "say" in answer:
@@ -56,6 +57,4 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps({**end, **provenance()}, indent=1) + "\n", encoding="utf-8")
     if end["problem"]:
         print(f"vllm-suite restart: {end['problem']}", file=sys.stderr)
-    status = end["status"]
-    assert isinstance(status, int)
-    return status
+    return int(end["status"])

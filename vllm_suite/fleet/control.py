@@ -20,6 +20,7 @@ from typing import Any, Self
 SOCKET_FILE = "control.sock"
 _LONGEST = 65_536
 _ORDER_S = 5.0
+_CLOSE_S = 0.5
 _BEAT_S = 5.0
 _SILENCE_S = 30.0
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -73,8 +74,13 @@ class Control:
         try:
             end = await self._answer(reader, writer)
             _write(writer, {"end": end})
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, TimeoutError):
                 await writer.drain()
+                writer.write_eof()
+                # What is left unread when a socket is closed would cost the other side the answer.
+                async with asyncio.timeout(_CLOSE_S):
+                    while await reader.read(_LONGEST):
+                        pass
         finally:
             self._tasks.discard(task)
             writer.close()

@@ -154,7 +154,7 @@ class Supervisor:
                 await process.stop()
             end = time.monotonic() + self.local.start_timeout / 1000 + _KNOWN_S
             while process.restarts < life or process.state != "ready":
-                if process.restarts > life or process.state == "failed" or time.monotonic() > end:
+                if process.restarts > life or self._down(process) or time.monotonic() > end:
                     raise StartFailed(f"{process.name} did not become ready again\n{process.log_tail()}")
                 await asyncio.sleep(_LOOK_S)
         finally:
@@ -224,9 +224,13 @@ class Supervisor:
         self._change(process, "ready", f"in {process.ready_at - process.started_at:.1f} s")
         return None
 
+    @staticmethod
+    def _down(process: FleetProcess) -> bool:
+        return process.state == "failed"
+
     def _can_serve(self) -> bool:
-        routers = [p.state != "failed" for p in self.processes if p.launch.role == "router"]
-        decoders = [p.state != "failed" for p in self.processes if p.launch.role in ("decode", "any")]
+        routers = [not self._down(p) for p in self.processes if p.launch.role == "router"]
+        decoders = [not self._down(p) for p in self.processes if p.launch.role in ("decode", "any")]
         return all(routers) and (any(decoders) or not decoders)
 
     def _change(self, process: FleetProcess, state: State, why: str) -> None:

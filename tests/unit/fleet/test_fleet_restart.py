@@ -262,6 +262,8 @@ async def test_nobody_else_gives_orders(tmp_path: Path) -> None:
         if child == 0:
             try:
                 somebody(folder, out)
+            except OSError as error:
+                os.write(out, repr(error).encode())
             finally:
                 os._exit(0)
         os.close(out)
@@ -269,7 +271,7 @@ async def test_nobody_else_gives_orders(tmp_path: Path) -> None:
         await asyncio.to_thread(os.waitpid, child, 0)
     for descriptor in (folder, said):
         os.close(descriptor)
-    assert b"only the user who runs the fleet" in answer
+    assert b"only the user who runs the fleet" in answer, answer
 
 
 @pytest.mark.parametrize(
