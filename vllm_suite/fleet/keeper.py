@@ -48,7 +48,8 @@ def descendants(root: int) -> list[int]:
         if not entry.isdigit():
             continue
         try:
-            stat = Path(f"/proc/{entry}/stat").read_text()
+            # Anybody's process is among them, and a name may be any bytes.
+            stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:  # it ended meanwhile
             continue
         # The second field is the program's name in parentheses and may hold spaces.

@@ -183,7 +183,7 @@ def session_members(session: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                stat = Path(f"/proc/{entry}/stat").read_text()
+                stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
             except OSError:  # it ended meanwhile
                 continue
             fields = stat.rpartition(")")[2].split()

@@ -82,14 +82,18 @@ class Membership:
 
     async def _discover(self, index: int) -> None:
         source = self._discoveries[index]
+        said = ""
         while True:
             least_s = 0.0
             try:
                 self._found[index] = await source.targets()
+                said = ""
                 self._reconcile()
             except DiscoveryError as exc:
                 self._metrics.member_event("discovery_failed")
-                logger.warning("discovery: %s", exc)
+                if said != str(exc):  # once, not at every look of an outage
+                    logger.warning("discovery: %s", exc)
+                said = str(exc)
             except Exception:
                 # Whatever it is, the next answer may be better; without this nobody would ask again.
                 self._metrics.member_event("discovery_failed")

@@ -45,6 +45,9 @@
 {{- if and (dig "roles" "scale" dict (omit $v.AsMap "kubernetes")) (dig "pools" "any" "autoscaling" dict $k) -}}
   {{- fail "roles.scale and kubernetes.pools.any.autoscaling would both set the size of the pool; give one" -}}
 {{- end -}}
+{{- if and (include "suite.controls" $) (dig "pools" "any" "autoscaling" dict $k) -}}
+  {{- fail "kubernetes.pools.any.autoscaling: routers count an instance under the role that the controller gave it, so nothing would be counted for any; use roles.scale" -}}
+{{- end -}}
 {{- $wanted := add (int (default 0 $start.encode)) (int (default 0 $start.prefill)) (int (default 0 $start.decode)) -}}
 {{- if gt (int $wanted) (int $counts.any) -}}
   {{- fail (printf "roles.start: %d instances, and pools.any has %d" (int $wanted) (int $counts.any)) -}}

@@ -133,6 +133,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "max_replicas is below",
     ),
+    "a key that everybody knows": (fleet(router={"auth": {"api_keys": [""]}}), "minLength|key"),
     "unknown key in the prediction": (predicting(p95="3ms"), "p95"),
     "half of the requests slower than 99 in 100": (predicting(p99="1ms"), "p50 2ms is above p99 1ms"),
     "a bound on the wrong side": (predicting(p50_high="1.5ms"), "p50 2ms is above p50_high 1.5ms"),
@@ -172,6 +173,16 @@ HERE_ONLY: dict[str, tuple[dict[str, Any], str]] = {
             },
         ),
         "would both set the size",
+    ),
+    "a size by a role that nobody has": (
+        fleet(
+            pools={"any": {}},
+            roles={"control": True},
+            kubernetes={
+                "pools": {"any": {"autoscaling": {"kind": "hpa", "max_replicas": 2, "tokens_per_instance": 1}}}
+            },
+        ),
+        "use roles.scale",
     ),
     "hosts of no gateway": (fleet(kubernetes={"gateway": {"hostnames": ["a.example.com"]}}), "give parents"),
     "services by hand": (

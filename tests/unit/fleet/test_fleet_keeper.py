@@ -17,6 +17,7 @@ import pytest
 from servers import alive, eventually
 
 from vllm_suite.fleet import keeper
+from vllm_suite.fleet.process import session_members
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -238,3 +239,15 @@ def test_shared_memory_of_a_killed_command_is_removed(start: Start) -> None:
     keeper.signal_all(keeper.descendants(process.pid), signal.SIGKILL)
     assert process.wait(10) == 128 + 9
     assert not Path("/dev/shm", name).exists()
+
+
+def test_a_process_may_have_any_name() -> None:
+    """Names are cut at 15 bytes, amid a letter where it comes so: somebody's process must not end the keeper."""
+    code = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'caf\\xe9', 0, 0, 0); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as odd:
+        assert odd.stdout is not None
+        odd.stdout.readline()
+        assert b"caf\xe9" in Path(f"/proc/{odd.pid}/stat").read_bytes()
+        assert odd.pid in keeper.descendants(os.getpid())
+        assert session_members(os.getsid(0))
+        odd.kill()

@@ -102,6 +102,9 @@ async def test_a_key_is_asked_for_and_sent_to_the_router_alone(page: Page) -> No
         await page.press("Enter")
         await page.until("document.body.innerText.includes('does not take that key')")
         assert served.state.asked == 0
+        await page.type("ключ")
+        await page.press("Enter")
+        await page.until("document.body.innerText.includes('cannot send a key with these characters')")
         await page.type("sesame")
         await page.press("Enter")
         await page.until(DRAWN)

@@ -127,8 +127,13 @@ function forget() {
 
 $("login").addEventListener("submit", (event) => {
   event.preventDefault();
-  key = $("key").value.trim();
+  const given = $("key").value.trim();
   $("key").value = "";
+  if (!/^[\x20-\xff]+$/.test(given)) {
+    login("A browser cannot send a key with these characters.");
+    return;
+  }
+  key = given;
   try {
     sessionStorage.setItem(STORED, key);
   } catch {
