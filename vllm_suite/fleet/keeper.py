@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -27,6 +27,7 @@ _ONE_REQUEST_S = 0.5
 _ORPHAN_GRACE_S = 3.0  # for what outlives the command; multiprocessing's resource tracker cleans up in it
 _LOOK_S, _SAMPLE_S = 1.0, 15.0
 _SHM = "/dev/shm/"
+_PROC = "/proc"
 
 
 def prctl(option: int, value: int) -> None:
@@ -41,20 +42,27 @@ def adopt_orphans() -> None:
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def descendants(root: int) -> list[int]:
-    """Process ids below `root`, parents before children, `root` left out. Ended ones count until reaped."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
+def processes() -> Iterator[tuple[int, list[str]]]:
+    """Every process of this machine: its id and the fields of its /proc/PID/stat from the third, its state, on.
+
+    Anybody's are among them, and a name may be any bytes, since the kernel cuts it at 15.
+    """
+    for entry in os.listdir(_PROC):
         if not entry.isdigit():
             continue
         try:
-            # Anybody's process is among them, and a name may be any bytes.
-            stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
+            stat = Path(_PROC, entry, "stat").read_text(encoding="utf-8", errors="replace")
         except OSError:  # it ended meanwhile
             continue
         # The second field is the program's name in parentheses and may hold spaces.
-        parent = int(stat.rpartition(")")[2].split()[1])
-        children.setdefault(parent, []).append(int(entry))
+        yield int(entry), stat.rpartition(")")[2].split()
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids below `root`, parents before children, `root` left out. Ended ones count until reaped."""
+    children: dict[int, list[int]] = {}
+    for pid, fields in processes():
+        children.setdefault(int(fields[1]), []).append(pid)
     found: list[int] = []
     queue = [root]
     while queue:

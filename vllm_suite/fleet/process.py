@@ -179,17 +179,7 @@ async def ask(session: aiohttp.ClientSession, launch: Launch) -> dict[str, Any] 
 
 def session_members(session: int) -> list[int]:
     """Processes of a session (see setsid)."""
-    members: list[int] = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
-            except OSError:  # it ended meanwhile
-                continue
-            fields = stat.rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                members.append(int(entry))
-    return members
+    return [pid for pid, fields in keeper.processes() if int(fields[3]) == session and fields[0] != "Z"]
 
 
 def check_ports(launches: Iterable[Launch]) -> None:

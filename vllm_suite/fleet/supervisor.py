@@ -77,7 +77,7 @@ class Supervisor:
         check_ports(process.launch for process in self.processes)
         first = [asyncio.get_running_loop().create_future() for _ in self.processes]
         for process, ready in zip(self.processes, first, strict=True):
-            self._tasks.append(asyncio.create_task(self._keep(process, ready), name=process.name))
+            self._watch(process, ready)
         try:
             await asyncio.gather(*first)
         finally:
@@ -142,7 +142,7 @@ class Supervisor:
         if process.state == "failed":
             process.restarts += 1
             ready = asyncio.get_running_loop().create_future()
-            self._tasks.append(asyncio.create_task(self._keep(process, ready), name=process.name))
+            self._watch(process, ready)
             await ready
             return
         life = process.restarts
@@ -166,6 +166,23 @@ class Supervisor:
             await process.stop()
         if process.state not in ("failed", "stopped"):
             self._change(process, "stopped", "")
+
+    def _watch(self, process: FleetProcess, first: asyncio.Future[None]) -> None:
+        task = asyncio.create_task(self._keep(process, first), name=process.name)
+        task.add_done_callback(lambda ended: self._unwatched(process, first, ended))
+        self._tasks.append(task)
+
+    def _unwatched(self, process: FleetProcess, first: asyncio.Future[None], task: asyncio.Task[None]) -> None:
+        """After a defect nobody may wait for the process any longer, nor take it for one that is kept."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        problem = f"it is not watched any more: {error!r}"
+        self._change(process, "failed", problem)
+        if not first.done():
+            first.set_exception(StartFailed(f"{process.name}: {problem}"))
+        elif not self._can_serve():
+            self.broken.set()
 
     async def _keep(self, process: FleetProcess, first: asyncio.Future[None]) -> None:
         """Start, watch and restart one process until the fleet stops."""
@@ -235,6 +252,9 @@ class Supervisor:
 
     def _change(self, process: FleetProcess, state: State, why: str) -> None:
         process.state = state
-        write_state(self.local.log_dir, self.processes)
+        try:
+            write_state(self.local.log_dir, self.processes)
+        except OSError as error:  # a full disk must not end what serves
+            why = f"{why}; its state cannot be written: {error}".removeprefix("; ")
         if self._on_change is not None:
             self._on_change(process, why)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from servers import alive, local, server
 
+from vllm_suite.fleet import supervisor as supervisor_module
 from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.fleet.process import FleetProcess, PortTaken
 from vllm_suite.fleet.state_file import STATE_FILE
@@ -205,3 +206,47 @@ def test_one_fleet_per_folder(tmp_path: Path) -> None:
         pass
     with only_fleet_in(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("method", ["wait_ready", "wait"])
+async def test_a_defect_in_the_watching_is_no_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """At the start it fails the start; later the process counts as failed, and the fleet as broken where it matters."""
+    port, log, real = free_ports(1), Log(), getattr(FleetProcess, method)
+    now = ["broken" if method == "wait_ready" else "fine"]
+
+    async def defect(self: FleetProcess, *args: object) -> object:
+        while now == ["fine"]:
+            await asyncio.sleep(0.02)
+        if now == ["mended"]:
+            return await real(self, *args)
+        raise KeyError("nobody foresaw this")
+
+    monkeypatch.setattr(FleetProcess, method, defect)
+    async with Supervisor([server(tmp_path, port, name="one")], local(tmp_path), log) as supervisor:
+        async with asyncio.timeout(20):
+            if now == ["broken"]:
+                with pytest.raises(StartFailed, match="one: it is not watched any more: KeyError"):
+                    await supervisor.start()
+            else:
+                await supervisor.start()
+                now[0] = "broken"
+                await supervisor.broken.wait()
+        assert supervisor.processes[0].state == "failed"
+        now[0] = "mended"
+    assert not answers(port)
+
+
+async def test_a_state_file_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(supervisor_module, "write_state", full)
+    port, log = free_ports(1), Log()
+    async with Supervisor([server(tmp_path, port, name="one")], local(tmp_path), log) as supervisor:
+        await supervisor.start()
+        assert answers(port)
+    assert any("its state cannot be written: [Errno 28]" in line for line in log.lines)
