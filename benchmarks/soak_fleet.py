@@ -153,7 +153,7 @@ async def running(folder: Path, file: dict[str, Any]) -> AsyncIterator[View]:
         async with asyncio.timeout(START_S):
             while not answer.exists():
                 if process.returncode is not None:
-                    raise RuntimeError(f"the fleet did not start; see {log}")
+                    raise RuntimeError(f"the fleet did not start:\n{log.read_text(errors='replace')[-4000:]}")
                 await asyncio.sleep(0.25)
         state = json.loads((folder / "logs" / "fleet.json").read_text())
         yield View(folder / "logs", FleetKeys.resolve(FleetSpec.model_validate(file).router.auth, {}), state["pid"])
@@ -162,7 +162,7 @@ async def running(folder: Path, file: dict[str, Any]) -> AsyncIterator[View]:
             process.terminate()
         status = await asyncio.wait_for(process.wait(), 90)
     if status:
-        raise RuntimeError(f"`up` ended with status {status}; see {log}")
+        raise RuntimeError(f"`up` ended with status {status}:\n{log.read_text(errors='replace')[-4000:]}")
 
 
 def _prepare(path: Path, answer: Path, file: dict[str, Any]) -> None:
