@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -12,12 +13,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from vllm_suite.observability.grafana import Dashboard, expressions
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 60.0
@@ -69,6 +72,31 @@ class Prometheus:
         result: list[dict[str, Any]] = found["result"]
         return result
 
+    def number(self, expr: str) -> float:
+        """Value of the only sample of an instant vector; 0 where there is none."""
+        found = self.query(expr)
+        assert len(found) < 2, (expr, found)
+        return float(found[0]["value"][1]) if found else 0.0
+
+    def blank(self, dashboard: Dashboard, but: Collection[str] = (), interval: str = "5m") -> list[str]:
+        """Expressions of a dashboard that give no series, or no number in any, but those with a series of `but`."""
+        asked = expressions(dashboard, 'fleet=~".*",namespace=~".*"', interval)
+        for name in but:
+            assert any(name in expr for expr in asked), f"{dashboard.name} asks for no {name}"
+        return [
+            expr
+            for expr in asked
+            if not any(name in expr for name in but)
+            and all(math.isnan(float(row["value"][1])) for row in self.query(expr))
+        ]
+
+    def until_filled(self, dashboard: Dashboard, but: Collection[str] = (), timeout_s: float = 30.0) -> None:
+        """Wait until every expression of a dashboard gives a number; fails the test with those that do not."""
+        deadline = time.monotonic() + timeout_s
+        while missing := self.blank(dashboard, but):
+            assert time.monotonic() < deadline, f"{dashboard.name} has no data for {missing}"
+            time.sleep(0.5)
+
     def firing(self) -> set[str]:
         """Names of the alerts that fire now."""
         alerts = self.api("alerts")["alerts"]
@@ -85,6 +113,11 @@ class Prometheus:
         """Every target was scraped, and the last scrape of each went well."""
         targets = self.api("targets")["activeTargets"]
         return bool(targets) and all(one["health"] == "up" for one in targets)
+
+
+def job(name: str, *urls: str, **more: Any) -> dict[str, Any]:
+    """One of scrape_configs."""
+    return {"job_name": name, "static_configs": [{"targets": [url.split("://")[-1] for url in urls]}], **more}
 
 
 def free_port() -> int:

@@ -48,6 +48,7 @@ class DlerExporter:
             self._series.at("active", engine).set(int(self._active))
         if not self._ours:
             return
+        self._series.start_at_zero("boosts_total", "evictions_total")
         async for reports in self._series.readings():
             for engine, report in reports.items():
                 self._export(engine, report)

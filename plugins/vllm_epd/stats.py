@@ -135,8 +135,12 @@ class SuiteECPromMetrics(ECConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         classes = MetricClasses(self._counter_cls, self._gauge_cls, self._histogram_cls)
         self.series = EngineSeries(EC, classes, labelnames, per_engine_labelvalues)
-        self.series.start_at_zero(spec.name for spec in EC if not spec.labels)
-        self.series.start_at_zero([f"{PREFIX}refused_total"])
+        # Gauges of tiers that there are not stay away.
+        self.series.start_at_zero(
+            spec.name
+            for spec in EC
+            if all(label.values for label in spec.labels) and not (spec.kind == "gauge" and spec.labels)
+        )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         series, data = self.series, transfer_stats_data

@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import prometheus
 import pytest
 from child import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from served import Server, start, until
+
+from vllm_suite.observability.capabilities import DLER
 
 PREFIX = "vllm_suite_sched_"
 SETTINGS = '{"suite": {"dler": {"rule": "kappa", "kappa": 2.5, "caps": {"capped": 7}}}}'
@@ -62,8 +65,9 @@ def test_an_instance_says_that_it_orders_by_length(server: Server) -> None:
     )
 
 
-def test_lengths_are_learned_and_counted_by_class(server: Server) -> None:
-    prompt = tokens(40, 1)
+def thrice(server: Server, seed: int) -> int:
+    """Requests of class `chat` that end by themselves; the tokens of each."""
+    prompt = tokens(40, seed)
     free = complete(server, prompt, max_tokens=12)[0]["token_ids"]
     last = next(n for n in range(5, 12) if free[n] not in free[:n])
     for _ in range(3):
@@ -71,6 +75,11 @@ def test_lengths_are_learned_and_counted_by_class(server: Server) -> None:
             server, prompt, max_tokens=12, stop_token_ids=[free[last]], vllm_xargs={"dler_class": "chat"}
         )
         assert (choice["finish_reason"], choice["token_ids"]) == ("stop", free[: last + 1])
+    return int(last)
+
+
+def test_lengths_are_learned_and_counted_by_class(server: Server) -> None:
+    last = thrice(server, 1)
     found = until(lambda: (all_ := series(server)).get(("requests_total", "chat", "stop")) == 3 and all_)
     assert found["output_tokens_total", "chat"] == 3 * (last + 1)
     assert found["latency_seconds_total", "chat"] > 0
@@ -125,3 +134,11 @@ def test_arguments_that_make_no_sense_are_counted(server: Server) -> None:
     [choice] = complete(server, tokens(20, 4), max_tokens=2, vllm_xargs={"dler_stop_after": -1})
     assert len(choice["token_ids"]) == 2
     until(lambda: series(server).get(("refused_arguments_total", "dler_stop_after"), 0) == before + 1)
+
+
+def test_the_dashboard_has_data(server: Server, tmp_path: Path) -> None:
+    jobs = [prometheus.job("instances", f"127.0.0.1:{server.port}")]
+    with prometheus.running(tmp_path, free_port(), jobs) as watching:
+        watching.until(watching.targets_up, "a good scrape")
+        thrice(server, 1)
+        watching.until_filled(DLER)

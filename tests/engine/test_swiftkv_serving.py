@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prometheus
 import pytest
 from child import free_port
 from reference_swiftkv import Reference, load
 from served import Server, start, until
+
+from vllm_suite.observability.capabilities import SWIFTKV
 
 BUDGET = 128
 PREFIX = "vllm_suite_swiftkv_"
@@ -95,7 +98,7 @@ def test_answers_are_the_reference_and_metrics_are_exact(fleet: Fleet) -> None:
     assert {name: after[name] - before[name] for name in wanted} == wanted
     assert after["skip_ratio"] == pytest.approx(after["skipped_tokens_total"] / after["head_tokens_total"])
     assert after["armed"] == 1
-    assert "poll_failures_total" not in after
+    assert after["poll_failures_total"] == 0
 
 
 def test_a_prefill_only_instance_skips_everything(fleet: Fleet) -> None:
@@ -108,6 +111,7 @@ def test_a_prefill_only_instance_skips_everything(fleet: Fleet) -> None:
     assert grown == {
         **{"prompt_tokens_total": 200, "head_tokens_total": 200, "tail_rows_total": 0, "skipped_tokens_total": 200},
         "steps_total": 2,
+        "poll_failures_total": 0,
     }
 
 
@@ -171,3 +175,11 @@ def test_one_line_says_what_was_set(fleet: Fleet) -> None:
     [line] = [text for text in fleet.p.log.read_text().splitlines() if "set --kv-sharing-fast-prefill True" in text]
     assert "set --logits-processors vllm_swiftkv.prefill_guard:PrefillGuard" in line
     assert "set --worker-extension-cls vllm_swiftkv.worker.SwiftKVWorkerExtension" in line
+
+
+def test_the_dashboard_has_data(fleet: Fleet, tmp_path: Path) -> None:
+    jobs = [prometheus.job("instances", f"127.0.0.1:{fleet.d.port}", f"127.0.0.1:{fleet.p.port}")]
+    with prometheus.running(tmp_path, free_port(), jobs) as server:
+        server.until(server.targets_up, "a good scrape of every target")
+        complete(fleet.d, tokens(50, 9), 2)
+        server.until_filled(SWIFTKV)

@@ -6,40 +6,42 @@ import asyncio
 import json
 import re
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import prometheus
-import pytest
 from harness import ENGINE_KEY, KEY, Fleet, prompt, request, run_of_ports
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_suite.fleet.files import load_fleet
 from vllm_suite.metrics import GROUPS
 from vllm_suite.observability.dashboards import DASHBOARDS
-from vllm_suite.observability.grafana import expressions
 from vllm_suite.observability.rules import rule_file
+from vllm_suite.planner.watch import Prometheus as Watched
+from vllm_suite.planner.watch import Window
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 SPECS = {spec.name: (group, spec) for group in GROUPS for spec in group.specs}
 
-# Dashboards that need another fleet, and panels that need what did not happen here.
-NOT_HERE = {
-    "epd": "the fleet has no encoders, and its model takes no pictures",
-    "swiftkv": "the model has no SwiftKV layers",
-    "dler": "plugin dler is not selected, so that the fault tests on this fleet see vLLM's own order",
+# Dashboards of other fleets, and where they are held to have data.
+ELSEWHERE = {
+    "epd": "tests/fleet/test_epd_fleet_faults.py",
+    "swiftkv": "tests/engine/test_swiftkv_serving.py",
+    "dler": "tests/engine/test_dler_serving.py",
 }
+# Series by dashboard that this fleet has none of.
 NOT_SEEN = {
-    "vllm_suite_router_recoveries_total": "no attempt fails here; in test_router_prometheus.py some do",
-    "vllm_suite_router_upstream_errors_total": "the same",
-    "vllm_suite_router_stream_errors_total": "no answer broke off after its first byte",
-    "vllm_suite_router_rejected_total": "the router refused nothing",
-    "vllm_suite_kv_contained_faults_total": "no transfer failed in a way that would have ended an engine",
-    "vllm_suite_roles_moves_total": "the fleet has no pool `any`, so no role is switched",
-    "vllm_suite_role_switches_total": "the same",
-    "vllm_suite_role_phase_seconds": "the same",
+    "overview": {"vllm_suite_router_stream_errors_total": "no answer broke off after its first byte"},
+    "disagg": {"vllm_suite_kv_contained_faults_total": "no transfer failed in a way that would have ended an engine"},
+    "roles": {
+        "vllm_suite_roles_moves_total": "there is no pool `any`; test_roles_flip.py has one",
+        "vllm_suite_role_switches_total": "the same",
+        "vllm_suite_role_phase_seconds": "the same",
+    },
+    "planner": {"vllm_suite_watch_": "no watch runs; in test_planner_watch_real.py one does"},
 }
 
 
@@ -75,14 +77,11 @@ async def text_of(fleet: Fleet, url: str, key: str = "") -> str:
 
 
 def jobs(fleet: Fleet, controller_port: int) -> list[dict[str, Any]]:
-    def job(name: str, url: str, **more: Any) -> dict[str, Any]:
-        return {"job_name": name, "static_configs": [{"targets": [url.removeprefix("http://")]}], **more}
-
     return [
-        job("prefill", fleet.url("prefill")),
-        job("decode", fleet.url("decode")),
-        job("router", fleet.url("router"), honor_labels=True, authorization={"credentials": KEY}),
-        job("controller", f"127.0.0.1:{controller_port}"),
+        prometheus.job("prefill", fleet.url("prefill")),
+        prometheus.job("decode", fleet.url("decode")),
+        prometheus.job("router", fleet.url("router"), honor_labels=True, authorization={"credentials": KEY}),
+        prometheus.job("controller", f"127.0.0.1:{controller_port}"),
     ]
 
 
@@ -142,6 +141,7 @@ async def test_dashboards_find_data_and_alerts_fire(fleet: Fleet, tmp_path: Path
     async with controller(fleet) as port:
         with prometheus.running(tmp_path, run_of_ports(1), jobs(fleet, port), rules) as server:
             server.until(server.targets_up, "a good scrape of every target")
+            began = time.time()
             await some_requests(fleet, 9200)
             await asyncio.sleep(1.5)  # the first point of what appeared now, before it grows
             await some_requests(fleet, 9300)
@@ -156,33 +156,44 @@ async def test_dashboards_find_data_and_alerts_fire(fleet: Fleet, tmp_path: Path
                 await fleet.post(request(text, kv_transfer_params=wrong["kv_transfer_params"]), "decode")
             ).status == 200
             server.until(lambda: "VllmSuiteReferencesRefused" in server.firing(), "VllmSuiteReferencesRefused")
+            alone = 'sum(vllm_suite_router_recoveries_total{step="decode_alone"})'
+            before = server.number(alone)
             fleet.freeze("prefill")
             try:
                 late = request(text, kv_transfer_params=right["kv_transfer_params"])
-                # One that decode gets by itself, and one through the router while it may still list the instance.
+                # One that decode gets by itself, and one through the router, which still lists the instance.
                 answers = await asyncio.gather(
                     fleet.post(late, "decode", timeout_s=30), fleet.post(request(prompt(300, 9500), 4), timeout_s=30)
                 )
                 assert [answer.status for answer in answers] == [200, 200]
                 faults = {"VllmSuiteTransferDeadlineMissed", "VllmSuitePoolBelowFloor"}
                 server.until(lambda: faults <= server.firing(), f"{faults}")
+                server.until(lambda: server.number(alone) > before, "the request that decode computed alone")
             finally:
                 fleet.thaw("prefill")
             await fleet.ready("prefill")
             await some_requests(fleet, 9600)
+            refused = await fleet.post(request(text), Authorization="Bearer not-the-key")
+            assert refused.status == 401
             server.until(lambda: "VllmSuitePoolBelowFloor" not in server.firing(), "the end of VllmSuitePoolBelowFloor")
-            missing = [
-                (dashboard.name, expr)
-                for dashboard in DASHBOARDS
-                if dashboard.name not in NOT_HERE
-                for expr in expressions(dashboard, 'fleet=~".*",namespace=~".*"', "1m")
-                if not server.query(expr) and not any(series in expr for series in NOT_SEEN)
-            ]
-            assert not missing
+            for dashboard in DASHBOARDS:
+                if dashboard.name not in ELSEWHERE:
+                    server.until_filled(dashboard, NOT_SEEN.get(dashboard.name, ()))
+            # What the file promised stands beside what was measured.
+            promised = server.query("max by (share, bound) (vllm_suite_router_predicted_ttft_seconds)")
+            rows = {(row["metric"]["share"], row["metric"]["bound"]): float(row["value"][1]) for row in promised}
+            assert rows == {("0.5", "middle"): 1e-6, ("0.99", "middle"): 2e-6, ("0.99", "high"): 3e-6}
+            await asyncio.to_thread(watched, server.url, began)
             health = [rule for group in server.api("rules")["groups"] for rule in group["rules"]]
             assert all(rule["health"] == "ok" for rule in health), health
 
 
-@pytest.mark.parametrize("name", sorted(NOT_SEEN))
-def test_exceptions_are_series_of_the_table(name: str) -> None:
-    assert name in SPECS
+def watched(url: str, began: float) -> None:
+    """What `plan --watch` reads there: lengths within those that were asked for."""
+    windows = Watched(url, 'job="decode"', step=5.0, lag=1.0).windows(began, time.time())
+    busy = [window for window in windows if window.prompts.count]
+    assert busy
+    whole = Window.joined(busy)
+    assert whole.requests > 0
+    assert 20 <= whole.prompts.mean <= 400
+    assert 1 <= whole.outputs.mean <= 8

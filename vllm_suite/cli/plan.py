@@ -81,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch-selector", default="", metavar="LABELS",
         help='label matchers of the engines that answer, for example job="decode"',
     )  # fmt: skip
+    group.add_argument(
+        "--watch-window", metavar="TIME",
+        help="that is looked at as one, several scrapes long (default: 60s)",
+    )  # fmt: skip
+    group.add_argument("--watch-metrics-port", type=int, metavar="PORT", help="serve Prometheus series there")
+    group.add_argument(
+        "--watch-metrics-host", default="127.0.0.1", metavar="HOST", help="address for them (default: %(default)s)"
+    )
     group.add_argument("--watch-record", type=Path, metavar="FILE", help="keep the windows that were seen")
     group.add_argument("--watch-looks", type=int, metavar="N", help="end after so many looks")
 

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from itertools import product
 from typing import Any, Generic, TypeVar
 
 from prometheus_client import Counter, Gauge
@@ -54,8 +55,20 @@ class PolledSeries(Generic[Reading]):
         """A series of one engine; ``name`` is without the prefix."""
         return _made(self._specs)[self._prefix + name].labels(self._model_name, str(engine), *labels)
 
+    def start_at_zero(self, *names: str) -> None:
+        """Export these from now on with every value of their labels, which have closed sets of them.
+
+        Of a counter that appears with its first count Prometheus sees no increase.
+        """
+        specs = {spec.name: spec for spec in self._specs}
+        for name in names:
+            sets = [label.values for label in specs[self._prefix + name].labels]
+            for engine, values in product(self._client.engine_core.engine_ranks_managed, product(*sets)):
+                self.at(name, engine, *values)
+
     async def readings(self) -> AsyncIterator[Reading]:
         """Every answer, until the engines have ended. What fails is counted, and said once per streak."""
+        self.start_at_zero("poll_failures_total")
         while True:
             try:
                 reading = await self._one()

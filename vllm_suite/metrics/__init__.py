@@ -10,8 +10,11 @@ from vllm_suite.metrics.engines import SCHED, SWIFTKV
 from vllm_suite.metrics.roles import CONTROLLER, ROLES
 from vllm_suite.metrics.router import ROUTER
 from vllm_suite.metrics.table import Group, Label, SeriesSpec, within
+from vllm_suite.metrics.watch import WATCH
 
-__all__ = ["CONTROLLER", "EC", "GROUPS", "KV", "ROLES", "ROUTER", "SCHED", "SWIFTKV", "Group", "Label", "SeriesSpec"]
+__all__ = [
+    "CONTROLLER", "EC", "GROUPS", "KV", "ROLES", "ROUTER", "SCHED", "SWIFTKV", "WATCH", "Group", "Label", "SeriesSpec",
+]  # fmt: skip
 
 _ENGINE = (within("model_name", "the model served"), within("engine", "data-parallel ranks"))
 _AT = "at `/metrics` of each instance"
@@ -24,5 +27,6 @@ GROUPS: tuple[Group, ...] = (
     Group("Length-aware scheduling", f"Plugin `dler`, {_AT}.", SCHED, _ENGINE),
     Group("Role of an instance", f"Role switching, {_AT} after its first switch.", ROLES),
     Group("Controller of roles", "At the `--metrics-port` of `vllm-suite roles control`.", CONTROLLER),
+    Group("Replanning", "At the `--watch-metrics-port` of `vllm-suite plan --watch`.", WATCH),
 )
 """All series, by the process that exports them."""

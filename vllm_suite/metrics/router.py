@@ -185,6 +185,7 @@ ROUTER: tuple[SeriesSpec, ...] = (
     _gauge("encode_known_items", "Encoded items remembered with where they are kept."),
     _gauge("slo_ttft_seconds", "Target `slo.ttft` of the fleet file."),
     _gauge("slo_tpot_seconds", "Target `slo.tpot` of the fleet file."),
+    _gauge("slo_attainment_ratio", "`slo.attainment`: share of requests that are to keep both; with a target alone."),
     _gauge("predicted_ttft_seconds", "`predicted.ttft` of the fleet file.", *_BAND),
     _gauge("predicted_tpot_seconds", "`predicted.tpot` of the fleet file.", *_BAND),
     _gauge("predicted_requests_per_second", "`predicted.rate`: the rate that the predicted times are of."),

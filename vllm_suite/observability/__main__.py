@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from vllm_suite.fleet.slo import SloSpec
 from vllm_suite.observability.alerts import ALERTS
 from vllm_suite.observability.dashboards import DASHBOARDS
 from vllm_suite.observability.grafana import to_json
@@ -23,7 +24,8 @@ from vllm_suite.observability.grafana import to_json
 def chart_files() -> dict[str, str]:
     """Files by path inside the chart."""
     alerts = [{"when": one.when, "each": one.each, "rule": one.rule()} for one in ALERTS]
-    files = {"files/alerts.yaml": yaml.safe_dump({"alerts": alerts}, sort_keys=False, width=120)}
+    table = {"attainment": SloSpec().attainment, "alerts": alerts}  # where the values say nothing of `slo`
+    files = {"files/alerts.yaml": yaml.safe_dump(table, sort_keys=False, width=120)}
     for dashboard in DASHBOARDS:
         files[f"files/dashboards/{dashboard.name}.json"] = json.dumps(to_json(dashboard), indent=1) + "\n"
     return files

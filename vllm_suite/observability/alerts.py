@@ -1,4 +1,4 @@
-"""The alert rules. ``FLEET`` in an expression stands for the selector of a fleet."""
+"""The alert rules. ``FLEET`` stands for the selector of a fleet, ``ATTAINMENT`` for its `slo.attainment`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from vllm_suite.metrics.connectors import DEADLINES
 R = "vllm_suite_router"
 When = Literal["always", "disagg", "epd", "swiftkv", "dler", "slo", "predicted", "controller"]
 
-ATTAINMENT = 0.9
-"""Share of requests that should keep the targets: what `vllm-suite plan` plans for unless it is told otherwise."""
 BURNS = ((5.0, "5m", "1h", "critical"), (2.0, "30m", "6h", "warning"))
 """Times the budget, short and long window, severity. Both have to agree: the long one says that it matters, the
-short one that it goes on. With a tenth of the requests as budget, 5 is half of them."""
+short one that it goes on. With a tenth of the requests as budget, 5 is half of them. A wide budget so many times would
+be more than all: the alert also fires where less than half as many are good as should be."""
 SPARE = 1.1
 """Promised times hold up to this many times the planned rate."""
 
@@ -58,11 +57,11 @@ def _bad(window: str) -> str:
 
 
 def _burn(factor: float, short: str, long: str, severity: str) -> Alert:
-    limit = f"{factor * (1 - ATTAINMENT):g}"
+    limit = f"scalar(clamp_max(vector({factor:g} * (1 - ATTAINMENT)), 1 - ATTAINMENT / 2))"
     return Alert(
         "VllmSuiteSloBurn",
         f"({_bad(short)}) > {limit} and ({_bad(long)}) > {limit}",
-        f"Requests miss the targets {factor:g} times as often as the budget of {1 - ATTAINMENT:.0%} allows",
+        f"Requests miss the targets {factor:g} times as often as they may with ATTAINMENT of them to keep both",
         f"Over {short} and over {long}. The overview shows which stage takes the time: scale that, or plan again.",
         severity,
         "slo",

@@ -6,13 +6,14 @@ from vllm_suite.observability.capabilities import DISAGG, DLER, EPD, ROLES, SWIF
 from vllm_suite.observability.grafana import Dashboard, Panel, Query
 from vllm_suite.observability.queries import greatest, mean, quantile, rate, rates, tails, total
 
-R = "vllm_suite_router"
-GOOD = rate(f"{R}_slo_requests_total", "model", 'verdict="good"')
+R, WATCH = "vllm_suite_router", "vllm_suite_watch"
 JUDGED = rate(f"{R}_slo_requests_total", "model", 'verdict!="unknown"')
+# 0, not nothing, before the first good one.
+GOOD = "({} or 0 * {})".format(rate(f"{R}_slo_requests_total", "model", 'verdict="good"'), JUDGED)
 
 GOODPUT = Panel(
     "Goodput: share of requests within the targets",
-    (Query(f"{GOOD} / {JUDGED}", "{{model}}"),),
+    (Query(f"{GOOD} / {JUDGED}", "{{model}}"), Query(greatest(f"{R}_slo_attainment_ratio"), "to be")),
     "percentunit",
     description="Targets are `slo` of the fleet file; without them there is nothing to see.",
 )
@@ -97,6 +98,18 @@ PLANNER = Dashboard(
             ),
             description="What a plan is made for. Prefill counts each prompt once more, with one output token.",
         ),
+        Panel(
+            "Watch: traffic that the plan is for, and now",
+            (Query(greatest(f"{WATCH}_requests_per_second", "of"), "{{of}}"),),
+            "reqps",
+            description="With `vllm-suite plan --watch-metrics-port` alone, like those beside it.",
+        ),
+        Panel(
+            "Watch: predicted goodput at the last shift",
+            (Query(greatest(f"{WATCH}_goodput_requests_per_second", "plan"), "{{plan}}"),),
+            "reqps",
+        ),
+        rates("Watch: plans made", f"{WATCH}_replans_total", "outcome"),
     ),
 )
 

@@ -24,7 +24,7 @@ def _rules(spec: FleetSpec, selector: str) -> Iterator[dict[str, Any]]:
         if alert.when not in on:
             continue
         if not alert.each:
-            yield _filled(alert, FLEET=selector)
+            yield _filled(alert, FLEET=selector, ATTAINMENT=str(spec.slo.attainment))
             continue
         for role, roles, count in _floors(spec):
             yield _filled(alert, FLEET=selector, ROLES=roles, ROLE=role, COUNT=str(count))

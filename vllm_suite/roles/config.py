@@ -40,8 +40,8 @@ class PredictSpec(Settings):
     source: str = Field(
         default="roofline", description="of step times, as for `plan --source`: `roofline`, `calibrated=FILE`, ..."
     )
-    attainment: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.9, description="share of requests that are to meet `slo`"
+    attainment: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="share of requests that are to meet `slo`; `slo.attainment` where left out"
     )
     window: Seconds = Field(default=30.0, description="seconds of traffic that are looked at")
     horizon: Seconds = Field(default=300.0, description="seconds for which the traffic is expected to stay as it is")

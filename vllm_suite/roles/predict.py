@@ -75,8 +75,9 @@ class Predictor:
                 serving=Serving(min_prompt_tokens=fleet.router.disaggregation.min_prompt_tokens),
                 utilisation=engine.gpu_memory_utilization or 0.9,
             )
-            self._slo = Slo(_seconds(fleet.slo.ttft), _seconds(fleet.slo.tpot), wanted.attainment)
-            self._free = Slo(attainment=wanted.attainment)
+            share = fleet.slo.attainment if wanted.attainment is None else wanted.attainment
+            self._slo = Slo(_seconds(fleet.slo.ttft), _seconds(fleet.slo.tpot), share)
+            self._free = Slo(attainment=share)
             for each in self._pools.values():
                 self._setting.source(each)
                 self._setting.limits(each)
@@ -97,7 +98,7 @@ class Predictor:
             return 0.0
         plan = Plan(tuple(replace(pool, count=counts[role]) for role, pool in self._pools.items()))
         found = self._bound(traffic, within=True).plan(plan)
-        if found.attainment < self._spec.attainment:
+        if found.attainment < self._slo.attainment:
             found = self._bound(traffic, within=False).plan(plan)
         return min(traffic.demand(self._spec.window), found.estimate)
 

@@ -154,6 +154,8 @@ class RouterMetrics(Collector):
         for which, target in (("slo_ttft_seconds", slo.ttft), ("slo_tpot_seconds", slo.tpot)):
             if target is not None:
                 families[which].add_metric((), target / 1000)
+        if slo.ttft is not None or slo.tpot is not None:
+            families["slo_attainment_ratio"].add_metric((), slo.attainment)
         for which, name in (("predicted_ttft_seconds", "ttft"), ("predicted_tpot_seconds", "tpot")):
             for quantile, bound, seconds in self._targets.predicted_s(name):
                 families[which].add_metric((quantile, bound), seconds)

@@ -134,7 +134,7 @@ CASES: dict[str, Object] = {
             "limits": {"decode": {"max_num_batched_tokens": 512}},
             "scale": {"gpus": 8},
         },
-        slo={"ttft": "1s"},
+        slo={"ttft": "1s", "attainment": 0.99},
         router={"auth": {"api_keys": ["client"]}, "membership": {"poll_interval_s": 0.25}},
         kubernetes={
             "controller": {"labels": {"team": "a"}},

@@ -75,6 +75,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"pools": {"decode": {}}}, "model"),
     "unknown plugin": (fleet(plugins=["disag"]), "plugins"),
     "duration without unit": (fleet(slo={"ttft": "300"}), "ttft"),
+    "every request within the targets": (fleet(slo={"attainment": 1}), "attainment"),
     "nothing decodes": (fleet(pools={"prefill": {}}), "decode or an any"),
     "encoders without epd": (fleet(pools={"encode": {}, "decode": {}}), "needs? plugin epd|need plugin epd"),
     "a controller of nothing": (fleet(roles={"control": True}), "pools.any"),

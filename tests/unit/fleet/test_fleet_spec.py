@@ -46,7 +46,13 @@ fleets = st.fixed_dictionaries(
     {"model": names, "pools": pools, "plugins": st.sampled_from([["disagg"], ["disagg", "epd"], []])},
     optional={
         "engine": engines,
-        "slo": st.fixed_dictionaries({}, optional={"ttft": st.floats(0.001, 1e6).map(lambda ms: f"{ms}ms")}),
+        "slo": st.fixed_dictionaries(
+            {},
+            optional={
+                "ttft": st.floats(0.001, 1e6).map(lambda ms: f"{ms}ms"),
+                "attainment": st.floats(0, 1, exclude_min=True, exclude_max=True),
+            },
+        ),
         "local": st.fixed_dictionaries(
             {},
             optional={

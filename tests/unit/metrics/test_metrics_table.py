@@ -56,6 +56,6 @@ def test_every_series_is_written_by_somebody() -> None:
     written = "\n".join(path.read_text() for path in SOURCES if "metrics" not in path.parent.parts)
     for _, spec in SPECS:
         whole = spec.name.removesuffix("_total")
-        short = re.sub(r"^vllm_suite_(router|kv|ec|sched|swiftkv|roles)_", "", whole)
+        short = re.sub(r"^vllm_suite_(router|kv|ec|sched|swiftkv|roles|watch)_", "", whole)
         found = re.search(rf"""["'](?:{spec.name}|{whole}|{short}|{short}_total)["']""", written)
         assert found, f"{spec.name}: nothing writes it"

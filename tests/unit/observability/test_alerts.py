@@ -216,6 +216,58 @@ def test_every_alert_fires_in_its_fault_and_no_other_does(tmp_path: Path) -> Non
         promtool("test", "rules", str(path))
 
 
+@pytest.mark.parametrize(
+    ("attainment", "firing"),
+    [
+        # 16 and 30 of 100 are late.
+        (0.99, {"1h": (16, 30), "6h": (16, 30)}),
+        (0.95, {"1h": (30,), "6h": (16, 30)}),
+        (0.9, {"6h": (30,)}),
+        (0.8, {}),
+    ],
+)
+def test_the_budget_is_that_of_the_fleet_file(
+    tmp_path: Path, attainment: float, firing: dict[str, tuple[int, ...]]
+) -> None:
+    spec = FLEET.model_copy(update={"slo": FLEET.slo.model_copy(update={"attainment": attainment})})
+    rules = rule_file(spec)
+    burns = [one for one in rules["groups"][0]["rules"] if one["alert"] == "VllmSuiteSloBurn"]
+    assert all(f"with {attainment} of them" in one["annotations"]["summary"] for one in burns)
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "burns", "rules": burns}]}))
+    good, late = (f'{R}_slo_requests_total{{{ON},model="m",verdict="{one}"}}' for one in ("good", "late"))
+    words = {"1h": "critical", "6h": "warning"}
+    tests = []
+    for share in (16, 30):
+        expected = [
+            {"alertname": "VllmSuiteSloBurn", "severity": words[window], "window": window}
+            for window, shares in firing.items()
+            if share in shares
+        ]
+        tests.append(case(f"{share} late", {good: f"0+{100 - share}x370", late: f"0+{share}x370"}, expected, 370))
+    path = tmp_path / "tests.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "5m", "tests": tests}))
+    promtool("test", "rules", str(path))
+
+
+def test_a_wide_budget_still_has_an_end(tmp_path: Path) -> None:
+    """With half of the requests to be good, twice the budget is all of them; three quarters late is too many."""
+    spec = FLEET.model_copy(update={"slo": FLEET.slo.model_copy(update={"attainment": 0.5})})
+    burns = [one for one in rule_file(spec)["groups"][0]["rules"] if one["alert"] == "VllmSuiteSloBurn"]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "burns", "rules": burns}]}))
+    good, late = (f'{R}_slo_requests_total{{{ON},model="m",verdict="{one}"}}' for one in ("good", "late"))
+    both = [
+        {"alertname": "VllmSuiteSloBurn", "severity": severity, "window": window}
+        for severity, window in (("critical", "1h"), ("warning", "6h"))
+    ]
+    tests = [
+        case("70 late", {good: "0+30x370", late: "0+70x370"}, [], 370),
+        case("80 late", {good: "0+20x370", late: "0+80x370"}, both, 370),
+    ]
+    path = tmp_path / "tests.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "5m", "tests": tests}))
+    promtool("test", "rules", str(path))
+
+
 def test_every_dashboard_expression_is_promql(tmp_path: Path) -> None:
     queries = [expr for one in DASHBOARDS for expr in expressions(one, 'fleet=~".*"', "1m")]
     rules = [{"record": f"suite:{index}", "expr": expr} for index, expr in enumerate(queries)]

@@ -142,9 +142,19 @@ def test_error_answers_say_what_is_wrong(answer: Any, reason: str) -> None:
         Prometheus(url, step=30, timeout=0.3 if reason.startswith("no answer") else 20.0).windows(0.0, 90.0)
 
 
-def test_nobody_there_is_an_error() -> None:
-    with pytest.raises(WatchError, match="query_range"):
-        Prometheus("http://127.0.0.1:1", timeout=5).windows(0.0, 200.0)
+def test_nobody_there_is_an_error_that_keeps_the_password() -> None:
+    for url in ("http://user:secret@127.0.0.1:1", "http://user:secret@:1"):
+        with pytest.raises(WatchError, match="query_range") as caught:
+            Prometheus(url, timeout=5).windows(0.0, 200.0)
+        assert "secret" not in str(caught.value)
+
+
+def test_a_window_without_samples_is_left_out() -> None:
+    fake = Fake()
+    fake.values["vllm:request_success_total"] = [({}, ["30"])]
+    with served(fake) as url:
+        (found,) = Prometheus(url, step=30, lag=5).windows(1000.0, 1066.0)
+    assert found.start == 1000.0
 
 
 def test_recordings_come_back_and_bad_ones_say_why(tmp_path: Path) -> None:

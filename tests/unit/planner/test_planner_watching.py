@@ -125,6 +125,8 @@ def test_the_command_watches_and_writes(tmp_path: Path, capsys: pytest.CaptureFi
     Recorded(seen).write([minute(60.0 * i, 8.0 if i < 45 else 400.0, draw) for i in range(80)])
     words = [
         *WORDS.replace("kinds=colocated,pd", "kinds=colocated").split(),
+        "--attainment",
+        "0.8",
         "--watch-file",
         str(seen),
         "-o",
@@ -140,6 +142,7 @@ def test_the_command_watches_and_writes(tmp_path: Path, capsys: pytest.CaptureFi
     predicted = load_fleet(fleet).predicted
     assert predicted is not None
     assert predicted.tpot is not None
+    assert load_fleet(fleet).slo.attainment == 0.8
     with pytest.raises(SystemExit):
         parser.parse_args([*words, "--watch", "http://localhost"])
 

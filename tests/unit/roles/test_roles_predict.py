@@ -57,6 +57,13 @@ def test_more_engines_where_the_work_is(predictor: Predictor) -> None:
     assert predictor.goodput(PROMPTS, {"prefill": 0, "decode": 8}) == 0.0
 
 
+def test_the_share_of_requests_is_that_of_slo_unless_it_is_given() -> None:
+    asked = fleet()
+    asked = asked.model_copy(update={"slo": asked.slo.model_copy(update={"attainment": 0.97})})
+    assert Predictor(asked)._slo.attainment == Predictor(asked)._free.attainment == 0.97
+    assert Predictor(fleet(attainment=0.8))._slo.attainment == 0.8
+
+
 def test_targets_that_nothing_meets_leave_a_comparison(predictor: Predictor) -> None:
     # A prompt of 120,000 tokens takes longer than 500 ms on any of these.
     found = [predictor.goodput(Traffic(5.0, 120_000, 60, 0, 1), {"prefill": p, "decode": 8 - p}) for p in (2, 6)]

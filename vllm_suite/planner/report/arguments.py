@@ -83,12 +83,15 @@ def _search(args: argparse.Namespace) -> Iterator[str]:
 def _watch(args: argparse.Namespace) -> Iterator[str]:
     watching = args.watch is not None or args.watch_file is not None
     given = {"--watch-selector": args.watch_selector, "--watch-record": args.watch_record,
-             "--watch-looks": args.watch_looks}  # fmt: skip
+             "--watch-looks": args.watch_looks, "--watch-window": args.watch_window,
+             "--watch-metrics-port": args.watch_metrics_port}  # fmt: skip
     for name, value in given.items():
         if value and not watching:
             yield f"{name} goes with --watch URL or --watch-file FILE"
     if args.watch_file is not None and args.watch_selector:
         yield "--watch-selector is for --watch: a recorded file has the windows of one selection"
+    if args.watch_file is not None and args.watch_window:
+        yield "--watch-window is for --watch: a recorded file has windows of one length"
     if args.watch is not None and not args.watch.startswith(("http://", "https://")):
         yield f"--watch is the URL of a Prometheus server, such as http://{args.watch}, not {args.watch}"
     if watching and args.images:

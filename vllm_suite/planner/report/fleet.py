@@ -56,7 +56,8 @@ def fleet_of(
         "plugins": plugins,
         "engine": engine,
         "pools": {pool.role: _pool(pool, setting.model, setting.quant) for pool in plan.pools},
-        "slo": {key: value for key, value in (("ttft", _ms(slo.ttft)), ("tpot", _ms(slo.tpot))) if value},
+        "slo": {key: value for key, value in (("ttft", _ms(slo.ttft)), ("tpot", _ms(slo.tpot))) if value}
+        | {"attainment": slo.attainment},
     }
     if plan.pool("prefill") is not None:
         data["router"] = {"disaggregation": {"min_prompt_tokens": setting.serving.min_prompt_tokens}}

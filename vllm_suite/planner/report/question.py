@@ -40,6 +40,7 @@ def question(args: argparse.Namespace) -> Case:
     check(args)
     model, stored = load(args.model)
     hardware = cluster(args.gpus, args.hardware)
+    duration("--watch-window", args.watch_window)  # used after the search
     slo = Slo(duration("--ttft", args.ttft), duration("--tpot", args.tpot), args.attainment)
     workload = _workload(args, model)
     rate = args.rate if args.rate is not None else workload.rate

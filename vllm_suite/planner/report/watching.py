@@ -7,13 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+from prometheus_client import CollectorRegistry, start_http_server
+
 from vllm_suite.planner.evaluate import goodput
 from vllm_suite.planner.plan import Plan, PlanError
+from vllm_suite.planner.report.arguments import InputError
+from vllm_suite.planner.report.question import duration
 from vllm_suite.planner.search.case import Case
 from vllm_suite.planner.search.search import SearchResult
 from vllm_suite.planner.simulator.jobs import SimulationError
 from vllm_suite.planner.traces import Workload
-from vllm_suite.planner.watch import Prometheus, Recorded, Settings, WatchError, watch
+from vllm_suite.planner.watch import Prometheus, Recorded, Settings, WatchError, WatchSeries, watch
 
 Search = Callable[[Case], SearchResult]
 
@@ -64,19 +68,27 @@ def watch_fleet(args: argparse.Namespace, case: Case, plan: Plan, search: Search
         print("vllm-suite plan: a server's metrics do not say what items requests have; watch without --images",
               file=sys.stderr)  # fmt: skip
         return 2
-    planner = Searched(case, search)
-    source = Recorded(args.watch_file) if args.watch_file is not None else Prometheus(args.watch, args.watch_selector)
+    planner, registry = Searched(case, search), CollectorRegistry()
     try:
+        step = duration("--watch-window", args.watch_window) or 60.0
+        source = (
+            Recorded(args.watch_file)
+            if args.watch_file is not None
+            else Prometheus(args.watch, args.watch_selector, step=step, lag=step / 4)
+        )
+        if args.watch_metrics_port is not None:
+            start_http_server(args.watch_metrics_port, addr=args.watch_metrics_host, registry=registry)
         watch(
             source,
             plan,
             planner,
-            settings=Settings(),
+            settings=Settings(every=step),
+            series=WatchSeries(registry),
             changed=lambda new, workload: write(new, planner.of(workload)),
             record=args.watch_record,
             looks=args.watch_looks,
         )
-    except WatchError as error:
+    except (WatchError, InputError, OSError) as error:
         print(f"vllm-suite plan: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

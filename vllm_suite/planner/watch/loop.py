@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from prometheus_client import CollectorRegistry
+
 from vllm_suite.planner.plan import Plan
 from vllm_suite.planner.traces.workload import Workload
 from vllm_suite.planner.watch.decide import Decision, decide, difference
 from vllm_suite.planner.watch.recorded import Recorded
+from vllm_suite.planner.watch.series import WatchSeries
 from vllm_suite.planner.watch.shift import ShiftTest
 from vllm_suite.planner.watch.window import WatchError, Window, workload_of
 
@@ -69,6 +72,7 @@ def watch(
     changed: Callable[[Plan, Workload], object] | None = None,
     record: Path | None = None,
     looks: int | None = None,
+    series: WatchSeries | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Plan:
@@ -84,6 +88,7 @@ def watch(
         changed: called with each new plan and the traffic it is for, to write a fleet file.
         record: file for the windows seen, which `Recorded` reads.
         looks: at most; None for no limit.
+        series: to keep up to date.
 
     Returns:
         The plan at the end.
@@ -92,7 +97,8 @@ def watch(
         WatchError: nothing can be read at the first look.
     """
     settings = settings or Settings()
-    state = _State(plan, planner, settings, say, changed)
+    series = series or WatchSeries(CollectorRegistry())
+    state = _State(plan, planner, settings, say, changed, series)
     if isinstance(source, Recorded):
         for window in source.windows():
             state.add(window)
@@ -110,9 +116,11 @@ def watch(
             for window in source.windows(since, clock()):
                 since = window.start + window.seconds
                 state.add(window)
+            series.looked("ok")
         except WatchError as error:
             if not state.windows:
                 raise
+            series.looked("failed")
             say(f"look failed, and is tried again: {error}")
         if record is not None and state.windows:
             Recorded(record).write(state.windows)
@@ -125,8 +133,9 @@ def watch(
 class _State:
     def __init__(
         self, plan: Plan, planner: Planner, settings: Settings, say: Callable[[str], object],
-        changed: Callable[[Plan, Workload], object] | None,
+        changed: Callable[[Plan, Workload], object] | None, series: WatchSeries,
     ) -> None:  # fmt: skip
+        self.series = series
         self.plan, self.planner, self.settings, self.say, self.changed = plan, planner, settings, say, changed
         self.windows: list[Window] = []
         self.reference: list[Window] = []
@@ -137,11 +146,11 @@ class _State:
         settings = self.settings
         self.windows.append(window)
         del self.windows[: -4 * (settings.reference + settings.recent)]
+        self.series.saw("now", self.windows[-settings.recent :])
         if not self.reference:
             if len(self.windows) < settings.reference:
                 return
-            self.reference = self.windows[-settings.reference :]
-            self._after = 0
+            self._stands_for(self.windows[-settings.reference :])
             return
         self._after += 1
         if self._after >= settings.recent:
@@ -154,6 +163,7 @@ class _State:
         if self._confirmed < self.settings.confirm or not self._settled(recent):
             return
         self.say(f"at {recent[-1].start:.0f}: shift of {'; '.join(map(str, shifts))}")
+        self.series.shifted(shifts)
         try:
             workload = workload_of(recent)
         except WatchError as error:
@@ -162,7 +172,13 @@ class _State:
             return
         self._replan(workload)
         # What the fleet runs on now is the traffic of now, whether the plan changed or not.
-        self.reference, self._after, self._confirmed = recent, 0, 0
+        self._stands_for(recent)
+        self._confirmed = 0
+
+    def _stands_for(self, windows: list[Window]) -> None:
+        """The plan is taken to be for these."""
+        self.reference, self._after = windows, 0
+        self.series.saw("plan", windows)
 
     def _settled(self, recent: list[Window]) -> bool:
         """Whether the new traffic is all that the recent windows hold, or has been coming for long enough.
@@ -178,6 +194,7 @@ class _State:
         best = self.planner.best(workload)
         if best is None:
             self.say("  no plan meets the targets for it; the running one stays")
+            self.series.replanned("no_plan")
             return
         decision = self._decision(best, workload)
         if not decision.change:
@@ -193,13 +210,16 @@ class _State:
     def _decision(self, best: Plan, workload: Workload) -> Decision:
         assert workload.rate is not None
         settings = self.settings
-        return decide(
+        running, new = self.planner.goodput(self.plan, workload), self.planner.goodput(best, workload)
+        decision = decide(
             self.plan,
             best,
             rate=workload.rate,
-            old_goodput=self.planner.goodput(self.plan, workload),
-            new_goodput=self.planner.goodput(best, workload),
+            old_goodput=running,
+            new_goodput=new,
             restart_s=settings.restart_s,
             horizon_s=settings.horizon_s,
             margin=settings.margin,
         )
+        self.series.replanned("changed" if decision.change else "kept", running, new)
+        return decision

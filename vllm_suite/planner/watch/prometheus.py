@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,9 @@ class Prometheus:
     instances (or, for a colocated fleet, nothing).
 
     Attributes:
-        url: for example ``http://prometheus:9090``.
+        url: for example ``http://prometheus:9090``, with user and password where it asks for them.
         selector: label matchers, as in ``job="decode",model_name="m"``.
-        step: seconds of a window; several scrape intervals.
+        step: seconds of a window; several scrape intervals, at least two.
         timeout: seconds for one answer.
         lag: seconds by which the newest samples may be behind: a scrape interval.
     """
@@ -40,6 +41,9 @@ class Prometheus:
 
     def windows(self, start: float, end: float) -> list[Window]:
         """The whole windows between two Unix times, oldest first.
+
+        Left out are those in which engines were scraped less than twice: what came then is not known. A restart
+        within a window is counted as Prometheus does, from 0.
 
         Raises:
             WatchError: no answer in time, an error answer, or no such series.
@@ -65,15 +69,22 @@ class Prometheus:
         found = dict(zip(names, answers, strict=True))
         for name, rows in found.items():
             if not rows:
-                raise WatchError(f"{self.url}: no series {name}{{{self.selector}}}; is vLLM scraped there?")
-        return [
-            self._window(found, start + index * self.step, start + (index + 1) * self.step) for index in range(count)
-        ]
+                raise WatchError(
+                    f"{self.shown}: no series {name}{{{self.selector}}} with two samples in {each}; is vLLM scraped "
+                    "there, and at least twice in a window?"
+                )
+        windows = (self._window(found, start + i * self.step, start + (i + 1) * self.step) for i in range(count))
+        return [window for window in windows if window is not None]
+
+    @property
+    def shown(self) -> str:
+        """The URL without user and password."""
+        return re.sub(r"//[^/@]*@", "//", self.url)
 
     async def _range(self, session: Any, query: str, first: float, last: float) -> list[Mapping[str, Any]]:
         import aiohttp
 
-        url = f"{self.url.rstrip('/')}/api/v1/query_range"
+        url, shown = (f"{base.rstrip('/')}/api/v1/query_range" for base in (self.url, self.shown))
         params = {"query": query, "start": f"{first:.3f}", "end": f"{last:.3f}", "step": f"{self.step:g}"}
         try:
             # A POST keeps long queries out of the URL, and is what the API documents for them.
@@ -81,29 +92,33 @@ class Prometheus:
                 body = await response.content.read(_LARGEST + 1)
                 status = response.status
         except TimeoutError as error:
-            raise WatchError(f"{url}: no answer within {self.timeout:g} s") from error
+            raise WatchError(f"{shown}: no answer within {self.timeout:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise WatchError(f"{url}: {error or type(error).__name__}") from error
+            said = str(error).replace(url, shown) or type(error).__name__
+            raise WatchError(f"{shown}: {said}") from error
         if len(body) > _LARGEST:
-            raise WatchError(f"{url}: an answer of more than {_LARGEST >> 20} MiB; ask for fewer or longer windows")
+            raise WatchError(f"{shown}: an answer of more than {_LARGEST >> 20} MiB; ask for fewer or longer windows")
         try:
             answer = json.loads(body)
         except ValueError as error:
-            raise WatchError(f"{url}: HTTP {status} and no JSON; is this a Prometheus server?") from error
+            raise WatchError(f"{shown}: HTTP {status} and no JSON; is this a Prometheus server?") from error
         if not isinstance(answer, dict) or answer.get("status") != "success":
             kind, text = (answer.get(key, "") if isinstance(answer, dict) else "" for key in ("errorType", "error"))
-            raise WatchError(f"{url}: HTTP {status}, {kind or 'no success'}: {text or 'no reason given'} ({query})")
+            raise WatchError(f"{shown}: HTTP {status}, {kind or 'no success'}: {text or 'no reason given'} ({query})")
         data = answer.get("data")
         if not isinstance(data, dict) or data.get("resultType") != "matrix" or not isinstance(data.get("result"), list):
-            raise WatchError(f"{url}: a matrix is expected, found {data!r:.80}")
+            raise WatchError(f"{shown}: a matrix is expected, found {data!r:.80}")
         return list(data["result"])
 
-    def _window(self, found: Mapping[str, list[Mapping[str, Any]]], start: float, end: float) -> Window:
-        def at(row: Mapping[str, Any]) -> float:
+    def _window(self, found: Mapping[str, list[Mapping[str, Any]]], start: float, end: float) -> Window | None:
+        def values_of(row: Mapping[str, Any]) -> list[float]:
             try:
-                values = [float(value) for time, value in row["values"] if abs(float(time) - end) < self.step / 2]
+                return [float(value) for time, value in row["values"] if abs(float(time) - end) < self.step / 2]
             except (KeyError, TypeError, ValueError) as error:
-                raise WatchError(f"{self.url}: a row that is no series of numbers: {row!r:.80}") from error
+                raise WatchError(f"{self.shown}: a row that is no series of numbers: {row!r:.80}") from error
+
+        def at(row: Mapping[str, Any]) -> float:
+            values = values_of(row)
             return values[0] if values and math.isfinite(values[0]) else 0.0
 
         def histogram(name: str) -> Histogram:
@@ -111,7 +126,7 @@ class Prometheus:
             try:
                 cumulative = sorted((float(row["metric"]["le"]), at(row)) for row in rows)
             except (KeyError, TypeError, ValueError) as error:
-                raise WatchError(f"{self.url}: a bucket of {name} without a bound") from error
+                raise WatchError(f"{self.shown}: a bucket of {name} without a bound") from error
             counts, before = [], 0.0
             for _, value in cumulative:
                 # Extrapolation of each bucket on its own may leave a little less in a wider one.
@@ -119,4 +134,6 @@ class Prometheus:
                 before = max(before, value)
             return Histogram(tuple(bound for bound, _ in cumulative), tuple(counts), at(found[f"{name}_sum"][0]))
 
+        if not values_of(found[REQUESTS][0]):
+            return None
         return Window(start, end - start, at(found[REQUESTS][0]), histogram(PROMPTS), histogram(OUTPUTS))
