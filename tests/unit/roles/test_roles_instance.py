@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from vllm_suite.roles.gate import PROBE_HEADER, REFUSED_HEADER, STAGE_HEADER, Do
 from vllm_suite.roles.instance import EngineDied, Report, Settings, Switcher, SwitchError
 from vllm_suite.roles.state import Deadlines, Refused, RoleState
 
-QUICK = Deadlines(closing=0.3, drained=0.3, switching=0.3, verified=0.3, restoring=0.3)
+SHORT_S = 0.3
 
 
 class Scripted:
@@ -46,11 +47,13 @@ class Scripted:
 
     async def _may_fail(self, what: str) -> None:
         self.calls.append(what)
-        if f"hang_{what}" in self.faults:
+        # "...@phase": in that phase alone.
+        faults = {fault.removesuffix(f"@{self.door.state.phase}") for fault in self.faults}
+        if f"hang_{what}" in faults:
             await asyncio.sleep(30)
-        if f"raise_{what}" in self.faults:
+        if f"raise_{what}" in faults:
             raise RuntimeError(what)
-        if f"die_{what}" in self.faults:
+        if f"die_{what}" in faults:
             raise EngineDied
 
     async def unfinished(self) -> int:
@@ -89,7 +92,7 @@ class Scripted:
 async def made() -> AsyncIterator[tuple[Switcher, Scripted, list[Report]]]:
     door, reports = Door(RoleState("decode")), list[Report]()
     engine = Scripted(door)
-    switcher = Switcher(door, engine, ("prefill", "decode", "any"), QUICK, ended=reports.append)
+    switcher = Switcher(door, engine, ("prefill", "decode", "any"), ended=reports.append)
     yield switcher, engine, reports
     switcher.close()
     await engine.client.aclose()
@@ -136,6 +139,10 @@ async def test_a_switch_drains_verifies_and_changes_what_is_taken(made: Made) ->
         ("deaf", "back", "switching: tokens is 100, not 50"),
         ("raise_probe_prefill", "back", "switching: RuntimeError"),
         ("raise_refuses_decode", "back", "drained: RuntimeError"),
+        ("hang_probe_plain@drained", "back", "drained took longer than 0.3 s"),
+        ("hang_unfinished@verified", "back", "verified took longer than 0.3 s"),
+        ("raise_unfinished@verified", "back", "verified: RuntimeError"),
+        ("die_unfinished@verified", "out", "the engine has ended"),
         ("die_set_prefill", "out", "the engine has ended"),
         ("raise_set_prefill raise_set_decode", "out", "then restoring: RuntimeError"),
         ("raise_set_prefill hang_set_decode", "out", "then restoring took longer"),
@@ -144,6 +151,8 @@ async def test_a_switch_drains_verifies_and_changes_what_is_taken(made: Made) ->
 async def test_a_failed_switch_goes_back_or_out(made: Made, fault: str, outcome: str, reason: str) -> None:
     switcher, engine, reports = made
     engine.faults = set(fault.split())
+    if found := re.search(r"(\w+) took longer", reason):
+        switcher.deadlines = Deadlines(**{found[1]: SHORT_S})
     switcher.begin("prefill", 0)
     await switcher.settled()
     assert reports[0].outcome == outcome
@@ -154,6 +163,7 @@ async def test_a_failed_switch_goes_back_or_out(made: Made, fault: str, outcome:
     assert (switcher.state.phase, served) == (("serving", True) if outcome == "back" else ("out", False))
     if outcome == "back":
         engine.faults.clear()
+        switcher.deadlines = Deadlines()
         switcher.begin("prefill", 0)
         await switcher.settled()
         assert switcher.state.epoch == 1
@@ -186,6 +196,7 @@ async def test_a_switch_that_does_nothing_is_no_success(
 
 async def test_work_that_does_not_end_costs_the_switch_and_no_request(made: Made) -> None:
     switcher, engine, reports = made
+    switcher.deadlines = Deadlines(closing=SHORT_S)
     engine.hold.clear()
     old = asyncio.create_task(engine.send("decode"))
     while not engine.door.running:
@@ -212,7 +223,8 @@ async def test_a_probe_key_is_needed_to_pass_a_closed_gate(made: Made) -> None:
     switcher, engine, _ = made
     engine.faults = {"hang_probe_plain"}
     switcher.begin("prefill", 0)
-    await asyncio.sleep(0.1)
+    while switcher.state.phase == "closing":
+        await asyncio.sleep(0.01)
     assert switcher.state.phase == "drained"
     assert (await engine.send("decode", **{PROBE_HEADER: "0" * 32})).status_code == 503
     assert (await engine.send("decode", **{PROBE_HEADER: engine.door.probe_key})).status_code == 200

@@ -29,6 +29,9 @@ from vllm_suite.roles.state import Deadlines, Refused, RoleState, advance, begin
 LIMITS = Deadlines(closing=5, drained=2, switching=3, verified=2, restoring=2)
 LONGEST = 5 + 2 + 3 + 2 + 2
 BETWEEN = ("closing", "drained", "switching", "verified", "restoring")
+# What the machine is to keep, said here once more: it does not ask the code how long a phase may take, or what is next.
+AT_MOST = {"closing": 5, "drained": 2, "switching": 3, "verified": 2, "restoring": 2}
+NEXT = {"closing": "drained", "drained": "switching", "switching": "verified", "verified": "serving"}
 STEP_S = 5.0
 FLOOR = {"prefill": 2, "decode": 3}
 SPEC = RolesSpec.model_validate({"agree": 1, "hold": 3, "floor": FLOOR, "start": {"prefill": 2, "decode": 2}})
@@ -92,6 +95,7 @@ class Instance:
     state: RoleState = field(default_factory=lambda: RoleState("any"))
     life: int = 0
     serving_at: float = 0.0
+    entered: float = 0.0  # when its phase began
 
 
 @dataclass
@@ -131,13 +135,24 @@ class Fleet(RuleBasedStateMachine):
             if i != without
         )
 
+    def _becomes(self, one: Instance, state: RoleState) -> None:
+        before, one.state = one.state, state
+        self.losses += before.phase != state.phase == "out"
+        if (before.phase, before.attempt) != (state.phase, state.attempt):
+            one.entered = self.now
+        if state.epoch != before.epoch:
+            assert (before.phase, state.phase, state.role) == ("verified", "serving", before.target)
+            self.switches += 1
+        else:
+            assert state.role == before.role
+
     @rule(seconds=st.sampled_from((1.0, 2.0, STEP_S)))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for one in self.instances:
-            before = one.state
-            one.state = tick(one.state, self.now, LIMITS)
-            self.losses += before.phase != one.state.phase == "out"
+            self._becomes(one, tick(one.state, self.now, LIMITS))
+            phase = one.state.phase
+            assert phase not in BETWEEN or self.now - one.entered < AT_MOST[phase], "nothing outlives its deadline"
         for controller in self.controllers:
             # A client gives up.
             if controller.look is not None and self.now - controller.look[0] > 2 * TIMEOUT_S:
@@ -153,22 +168,40 @@ class Fleet(RuleBasedStateMachine):
     @rule(i=st.integers(0, 5))
     def a_phase_is_done(self, i: int) -> None:
         one = self.instances[i]
-        before = one.state
-        one.state = advance(before, before.attempt, before.phase, self.now, LIMITS)
-        assert one.state.role == before.role or before.phase == "verified"
-        self.switches += one.state.epoch - before.epoch
+        before, entered = one.state, one.entered
+        self._becomes(one, advance(before, before.attempt, before.phase, self.now, LIMITS))
+        if before.phase not in BETWEEN:
+            assert one.state == before
+        elif self.now - entered < AT_MOST[before.phase]:
+            assert one.state.phase == NEXT.get(before.phase, "serving")
+            assert one.state.epoch == before.epoch + (before.phase == "verified")
+        else:
+            # News that come late are no success, and what was touched is put back first.
+            late = {"closing": "serving", "drained": "serving", "restoring": "out"}
+            assert (one.state.phase, one.state.epoch) == (late.get(before.phase, "restoring"), before.epoch)
+
+    @rule(i=st.integers(0, 5), seconds=st.sampled_from((2.0, STEP_S)))
+    def a_phase_is_done_while_nobody_looks_at_the_clock(self, i: int, seconds: float) -> None:
+        """The process was held up: its news come before its clock is looked at again."""
+        self.now += seconds
+        self.a_phase_is_done(i)
+        self.time_passes(0.0)
 
     @rule(i=st.integers(0, 5), late=st.booleans())
     def a_phase_fails(self, i: int, late: bool) -> None:
         one = self.instances[i]
         before = one.state
-        one.state = fail(before, before.attempt - late, "fault", self.now, LIMITS)
-        self.losses += before.phase != one.state.phase == "out"
+        self._becomes(one, fail(before, before.attempt - late, "fault", self.now, LIMITS))
+        if late or before.phase not in BETWEEN:
+            assert one.state == before
+        else:
+            then = {"switching": "restoring", "verified": "restoring", "restoring": "out"}
+            assert one.state.phase == then.get(before.phase, "serving")
 
     @rule(i=st.integers(0, 5))
     def an_engine_dies(self, i: int) -> None:
-        self.losses += self.instances[i].state.phase != "out"
-        self.instances[i].state = died(self.instances[i].state)
+        self._becomes(self.instances[i], died(self.instances[i].state))
+        assert self.instances[i].state.phase == "out"
 
     @rule(i=st.integers(0, 5))
     def an_instance_is_restarted(self, i: int) -> None:
@@ -214,7 +247,8 @@ class Fleet(RuleBasedStateMachine):
         instance = self.instances[index]
         if move.instance.epoch == str(instance.life):
             try:
-                instance.state = begin(instance.state, move.target, move.instance.role_epoch, self.now, LIMITS)
+                begun = begin(instance.state, move.target, move.instance.role_epoch, self.now, LIMITS)
+                self._becomes(instance, begun)
             except Refused:
                 pass
             else:

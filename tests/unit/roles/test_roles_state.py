@@ -31,6 +31,7 @@ class Machine(RuleBasedStateMachine):
             return
         if new.attempt != old.attempt:
             self.passed = []
+        self.entered_before = self.entered
         if new.phase != old.phase:
             self.entered = self.now
         if new.epoch != old.epoch:
@@ -39,6 +40,7 @@ class Machine(RuleBasedStateMachine):
             assert new.role == old.target != old.role
             assert self.passed == [*ORDER[:3]]
             assert (old.phase, new.phase) == ("verified", "serving")
+            assert self.now < self.entered_before + LIMITS.verified
         else:
             assert new.role == old.role
         if new.phase == "restoring" and old.phase != "restoring":
