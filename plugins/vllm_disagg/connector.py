@@ -9,7 +9,7 @@ from vllm_disagg.exchange import WorkerReports
 from vllm_disagg.scheduler import SuitePullScheduler
 from vllm_disagg.stats import SuiteKVStats, SuitePromMetrics
 from vllm_disagg.worker import SuitePullWorker
-from vllm_suite.compat import engine_idle, role_limits
+from vllm_suite.compat import engine_idle, role_limits, role_queue
 from vllm_suite.compat.nixl import KVConnectorRole, NixlPullConnector
 
 
@@ -38,6 +38,7 @@ class SuiteNixlConnector(NixlPullConnector):
         if role == KVConnectorRole.SCHEDULER:
             engine_idle.install()
             role_limits.install()
+            role_queue.install()
             self.connector_scheduler = SuitePullScheduler(vllm_config, self.engine_id, kv_cache_config, config)
         else:
             self.connector_worker = SuitePullWorker(vllm_config, self.engine_id, kv_cache_config, config)

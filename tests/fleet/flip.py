@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import math
 import random
@@ -17,7 +19,7 @@ from harness import CONTROL_KEY, KEY, Fleet, prompt, request, run_of_ports, spec
 from prometheus_client import CollectorRegistry
 
 from vllm_suite.fleet.spec import FleetSpec
-from vllm_suite.roles.client import Access, look
+from vllm_suite.roles.client import Access, NoAnswer, look
 from vllm_suite.roles.controller import Controller
 from vllm_suite.roles.follow import rule_of
 
@@ -116,12 +118,15 @@ async def ask(fleet: Fleet, mix: Mix, index: int, url: str) -> tuple[list[int], 
     return tokens, first, time.perf_counter() - began
 
 
-async def alone(fleet: Fleet, mixes: Sequence[Mix]) -> dict[tuple[str, int], tuple[list[int], float, float]]:
-    """What each prompt is answered on an idle fleet, the second time it is asked."""
+async def alone(
+    fleet: Fleet, mixes: Sequence[Mix], warm: bool = True
+) -> dict[tuple[str, int], tuple[list[int], float, float]]:
+    """What each prompt is answered on an idle fleet, the second time it is asked; `warm` False: the first."""
     found = {}
     for mix in mixes:
         for index in range(SEVERAL):
-            await ask(fleet, mix, index, fleet.url("router"))
+            if warm:
+                await ask(fleet, mix, index, fleet.url("router"))
             found[mix.name, index] = await ask(fleet, mix, index, fleet.url("router"))
     return found
 
@@ -162,6 +167,108 @@ async def load(
             tasks.append(asyncio.create_task(one(mix, index)))
     await asyncio.gather(*tasks)
     return run
+
+
+class Steady:
+    """So many clients that ask for one mix, each one request after the other, as an async context manager.
+
+    However fast the machine is, all of them wait or run: what does not fit into one instance is a queue there.
+    `arrived` of an answer is on the clock of `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        mix: Mix,
+        clients: int,
+        expected: dict[tuple[str, int], tuple[list[int], float, float]],
+    ) -> None:
+        self.mix = mix
+        self.clients = clients
+        self.answers: list[Answer] = []
+        self._fleet = fleet
+        self._expected = expected
+        self._turns = itertools.count()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._ends = False
+
+    async def _client(self) -> None:
+        url = self._fleet.url("router")
+        while not self._ends:
+            index, arrived = next(self._turns), time.perf_counter()
+            try:
+                tokens, first, latency = await ask(self._fleet, self.mix, index, url)
+            except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
+                text = f"{type(error).__name__}: {error}"
+                self.answers.append(Answer(self.mix.name, arrived, math.nan, math.nan, False, text))
+                continue
+            right = tokens == self._expected[self.mix.name, index % SEVERAL][0]
+            self.answers.append(Answer(self.mix.name, arrived, first, latency, right))
+
+    async def __aenter__(self) -> Steady:
+        self._tasks = [asyncio.create_task(self._client()) for _ in range(self.clients)]
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        # Every request is answered: none is lost at the end of a load.
+        self._ends = True
+        await asyncio.gather(*self._tasks)
+
+    def since(self, moment: float) -> list[Answer]:
+        """Answers to what was asked after that moment, in the order in which they came."""
+        return [one for one in self.answers if one.arrived >= moment]
+
+    async def some(self, count: int, timeout_s: float = 120.0) -> list[Answer]:
+        """The next so many answers to requests that are asked from now on."""
+        began = time.perf_counter()
+        while len(found := self.since(began)) < count:
+            assert time.perf_counter() - began < timeout_s, f"{len(found)} answers in {timeout_s:g} s"
+            await asyncio.sleep(0.05)
+        return found
+
+    async def inside(self, target: Slowest, count: int, timeout_s: float = 120.0) -> Slowest:
+        """Wait until `count` answers in a row, asked from now on, are inside the target; the slowest of those."""
+        began = time.perf_counter()
+        while True:
+            found = self.since(began)
+            last = slowest(found[-count:]) if len(found) >= count else None
+            if last is not None and last.inside(target):
+                return last
+            assert time.perf_counter() - began < timeout_s, f"{self.mix.name}: {last}, wanted {target}"
+            await asyncio.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Slowest:
+    """Of some answers: seconds to the first token and to the last."""
+
+    ttft: float
+    latency: float
+
+    def times(self, slack: float) -> Slowest:
+        return Slowest(slack * self.ttft, slack * self.latency)
+
+    def inside(self, target: Slowest) -> bool:
+        return self.ttft <= target.ttft and self.latency <= target.latency
+
+
+def slowest(answers: Sequence[Answer]) -> Slowest:
+    """The 99th percentile of less than a hundred answers. All of them have to be right."""
+    assert all(one.right for one in answers), [one for one in answers if not one.right]
+    return Slowest(max(one.ttft for one in answers), max(one.latency for one in answers))
+
+
+async def become(fleet: Fleet, wanted: dict[str, int], timeout_s: float = 120.0) -> None:
+    """Wait until the instances have these roles and take work in them."""
+    began, found = time.perf_counter(), None
+    while True:
+        with contextlib.suppress(NoAnswer):
+            seen, troubles = await look(fleet.session, access(fleet))
+            found = {role: sum(one.role == role and one.ready for one in seen) for role in wanted}
+            if not troubles and found == wanted:
+                return
+        assert time.perf_counter() - began < timeout_s, f"{found} after {timeout_s:g} s, wanted {wanted}"
+        await asyncio.sleep(0.1)
 
 
 async def switch(fleet: Fleet, name: str, target: str) -> dict[str, Any]:

@@ -13,6 +13,9 @@ import aiohttp
 import pytest
 from harness import CONTROL_KEY, ENGINE_KEY, Fleet, prompt, request, run_of_ports, running, spec, transfer
 
+# Shorter prompts go straight to whoever decodes.
+DISAGGREGATED = 32
+REFUSALS = ("vllm_suite_router_upstream_errors_total", "vllm_suite_router_recoveries_total")
 LIMITS = {"decode": {"max_num_batched_tokens": 64}, "prefill": {"max_num_seqs": 2}}
 
 
@@ -23,6 +26,8 @@ def fleet_process(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     wanted["pools"] = {"any": {"replicas": 2, "engine": {"kv_transfer_config": transfer("any")}}}
     wanted["env"]["VLLM_SUITE_ROLE_LIMITS"] = json.dumps(LIMITS)
     wanted["local"] |= {"first_port": run_of_ports(2), "first_side_channel_port": run_of_ports(2)}
+    wanted["router"]["disaggregation"]["min_prompt_tokens"] = DISAGGREGATED
+    wanted["router"]["timeouts"]["prefill_s"] = 120.0
     with running(folder, wanted) as process:
         yield process, folder / "logs"
 
@@ -38,10 +43,10 @@ async def role(fleet: Fleet, name: str) -> dict[str, Any]:
     return (await fleet.get(name, "/suite/v1/role", CONTROL_KEY)).json
 
 
-async def switch(fleet: Fleet, name: str, target: str) -> dict[str, Any]:
+async def switch(fleet: Fleet, name: str, target: str, **fields: Any) -> dict[str, Any]:
     """Switch and wait for the end; the report of the attempt."""
     now = await role(fleet, name)
-    body = {"role": target, "epoch": now["epoch"], "role_epoch": now["role_epoch"]}
+    body = {"role": target, "epoch": now["epoch"], "role_epoch": now["role_epoch"], **fields}
     headers = {"Authorization": f"Bearer {CONTROL_KEY}"}
     async with fleet.session.post(fleet.url(name) + "/suite/v1/role", json=body, headers=headers) as answer:
         assert answer.status == 202, await answer.text()
@@ -104,3 +109,48 @@ async def test_roles_change_under_load(fleet: Fleet) -> None:
     for name in ("any-0", "any-1"):
         assert await fleet.metric(name, "vllm_suite_kv_pulls_total", outcome="ok") > 0
         assert await fleet.metric(name, "vllm_suite_role_switches_total", outcome="switched") == 2
+
+
+@pytest.mark.slow
+async def test_what_waits_goes_back_to_the_router(fleet: Fleet) -> None:
+    for name in ("any-0", "any-1"):
+        if (await role(fleet, name))["role"] != "any":
+            await switch(fleet, name, "any")
+        await known(fleet, name, "any")
+    # Handed over, of which the prefills wait; and straight to decode, half of them streamed.
+    long = [request(prompt(1200, 300 + i), 2) for i in range(4)]
+    short = [request(prompt(DISAGGREGATED // 2, 400 + i), 120) for i in range(4)]
+    alone = [(await fleet.post(body, "any-0")).tokens for body in (*long, *short)]
+    before = {name: await fleet.metric("router", name) for name in REFUSALS}
+
+    async def ask(index: int) -> bool:
+        which = index % 8
+        body = (*long, *short)[which]
+        if index % 16 < 8:
+            return (await fleet.post(body)).tokens == alone[which]
+        answer = await fleet.post({**body, "stream": True})
+        assert answer.status == 200, answer.text
+        assert answer.text.endswith("data: [DONE]\n\n")
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        return [token for event in events for token in event["choices"][0]["token_ids"] or []] == alone[which]
+
+    # Each instance runs 8 at once.
+    clients = [asyncio.create_task(ask(index)) for index in range(96)]
+    deadline = time.monotonic() + 60
+    while await fleet.metric("any-0", "vllm:num_requests_waiting") < 12:
+        assert time.monotonic() < deadline, "nothing waits"
+        await asyncio.sleep(0.05)
+    report = await switch(fleet, "any-0", "decode", give_back=True)
+    assert all(await asyncio.gather(*clients))
+    back = report["given_back"]
+    print("given back", back, "draining", report["seconds"]["closing"])
+    assert back["prefill"] > 0
+    assert back["decode"] > 0
+    for stage, count in back.items():
+        assert await fleet.metric("any-0", "vllm_suite_role_given_back_total", stage=stage) == count
+    # They came elsewhere as requests that were never begun: no failure of the instance, no try of the request.
+    errors = {name: await fleet.metric("router", name) - before[name] for name in REFUSALS}
+    print("router", errors)
+    roles = await fleet.metric("router", "vllm_suite_router_upstream_errors_total", kind="role")
+    assert roles >= sum(back.values())
+    await fleet.idle(roles=("any-0", "any-1"))

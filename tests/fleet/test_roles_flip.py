@@ -1,4 +1,4 @@
-"""The mix of a load flips, and the roles of real engines follow it: nothing lost, nothing wrong."""
+"""The mix of a load flips and flips back, and the roles of real engines follow it: nothing lost, nothing wrong."""
 
 from __future__ import annotations
 
@@ -7,10 +7,72 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from flip import DECODE, FIXED, PREFILL, Controlled, alone, arrange, capacity, flip_spec, load, roles_now
+from flip import (
+    DECODE,
+    FIXED,
+    PREFILL,
+    Answer,
+    Controlled,
+    Mix,
+    Slowest,
+    Steady,
+    alone,
+    arrange,
+    become,
+    capacity,
+    flip_spec,
+    load,
+    roles_now,
+    slowest,
+)
 from harness import Fleet, running
 
 ROLES = {"every": 0.5, "agree": 2, "hold": 3, "least_queue": 3}
+QUICK = {"every": 0.25, "agree": 2, "hold": 1, "least_queue": 3}
+
+# More than one instance takes of either mix: two prefills run together there, or four that decode.
+CLIENTS = 8
+# Answers that have to be inside the target, and how often they may take what the same load took in roles that fit.
+COUNT = 16
+SLACK = 3.0
+SHORT = Mix(DECODE.name, DECODE.prompt, 60)
+FLIPS = (
+    (PREFILL, {"prefill": 2, "decode": 1}),
+    (SHORT, {"prefill": 1, "decode": 2}),
+    (PREFILL, {"prefill": 2, "decode": 1}),
+)
+
+
+async def test_roles_follow_a_load_that_flips_and_flips_back(model: Path, tmp_path: Path) -> None:
+    wanted = flip_spec(model, tmp_path / "logs", QUICK)
+    with running(tmp_path, wanted) as process:
+        async with aiohttp.ClientSession() as session:
+            fleet = Fleet(process, tmp_path / "logs", session)
+            await arrange(fleet, FIXED)
+            expected = await alone(fleet, (PREFILL, SHORT), warm=False)
+            # What each load takes where the roles fit it, by hand.
+            fitting: dict[str, Slowest] = {}
+            for mix, roles in ((PREFILL, FIXED), (SHORT, {**FIXED, "any-1": "decode"})):
+                await arrange(fleet, roles)
+                async with Steady(fleet, mix, CLIENTS, expected) as steady:
+                    await steady.some(CLIENTS)
+                    fitting[mix.name] = slowest(await steady.some(COUNT))
+            answers = list[Answer]()
+            async with Controlled(fleet, wanted) as controlled:
+                # The roles are those of the decode-heavy mix now: the first flip is towards prefill.
+                for mix, roles in FLIPS:
+                    async with Steady(fleet, mix, CLIENTS, expected) as steady:
+                        await become(fleet, roles)
+                        found = await steady.inside(fitting[mix.name].times(SLACK), COUNT)
+                    answers += steady.answers
+                    print(mix.name, "fitting", fitting[mix.name], "followed", found, len(steady.answers))
+    assert [one.error for one in answers if one.error] == []
+    assert all(one.right for one in answers)
+    assert [(move["source"], move["target"]) for move in controlled.moves] == [
+        ("decode", "prefill"),
+        ("prefill", "decode"),
+        ("decode", "prefill"),
+    ]
 
 
 @pytest.mark.slow

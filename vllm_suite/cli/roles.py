@@ -105,6 +105,7 @@ async def _set(args: argparse.Namespace) -> int:
     import aiohttp
 
     from vllm_suite.roles.client import NoAnswer, look, role, switch
+    from vllm_suite.roles.seen import others_take
 
     access = _access(args)
     async with aiohttp.ClientSession() as session:
@@ -114,7 +115,7 @@ async def _set(args: argparse.Namespace) -> int:
             known = ", ".join(one.instance_id for one in fleet)
             raise NoAnswer(f"the router knows no instance {args.instance}; it knows: {known or 'none'}")
         [one] = found
-        answer = await switch(session, one, args.role, access.instance_key)
+        answer = await switch(session, one, args.role, access.instance_key, others_take(fleet, one))
         if answer.get("outcome") != "begun":
             print(f"{one.instance_id}: {answer.get('outcome', 'refused')}: {answer.get('error')}")
             return 0 if answer.get("outcome") == "noop" else 1
@@ -137,6 +138,8 @@ async def _set(args: argparse.Namespace) -> int:
     changed = ", ".join(f"{name} {old} to {new}" for name, (old, new) in last["changed"].items())
     print(f"{one.instance_id}: {last['outcome']}: {one.role} to {args.role}; {seconds}")
     print(f"limits changed: {changed or 'none'}; verified: {', '.join(last['verified']) or 'nothing'}")
+    if last.get("given_back"):
+        print("sent back to the router: " + ", ".join(f"{n} to {stage}" for stage, n in last["given_back"].items()))
     if last["outcome"] != "switched":
         print(f"it is {now['role']} and {now['phase']}: {last['reason']}")
     return 0 if last["outcome"] == "switched" else 1

@@ -110,6 +110,21 @@ ROWS: tuple[Contract, ...] = (
     Contract(
         "vllm.v1.engine.output_processor:OutputProcessor.get_num_unfinished_requests", "method", "drained", ("self",)
     ),
+    # role_queue.py
+    Contract(f"{_SCHEDULER}.requests", "instance", "looked through for those that wait"),
+    Contract("vllm.v1.request:RequestStatus.WAITING", "attribute", "queued"),
+    Contract("vllm.v1.request:Request.status", "instance", "queued or not"),
+    Contract("vllm.v1.request:Request.num_computed_tokens", "instance", "begun or not"),
+    Contract("vllm.v1.request:Request.num_output_tokens", "property", "begun or not"),
+    Contract("vllm.v1.request:Request.num_preemptions", "instance", "begun or not"),
+    Contract("vllm.v1.request:Request.kv_transfer_params", "instance", "whether it has a reference"),
+    Contract("vllm.v1.engine.output_processor:OutputProcessor.request_states", "instance", "requests by id"),
+    Contract("vllm.v1.engine.output_processor:RequestState.external_req_id", "instance", "how the server calls it"),
+    Contract("vllm.entrypoints.openai.completion.serving", "literal", "how the server calls it", value="cmpl-"),
+    Contract(
+        "vllm.entrypoints.openai.chat_completion.serving", "literal", "how the server calls it", value="chatcmpl-"
+    ),
+    Contract("vllm.entrypoints.serve.engine.serving", "literal", "where the name is from", value="X-Request-Id"),
     Contract("vllm.v1.metrics.prometheus:get_prometheus_registry", "function", "where the gauges are", ()),
     Contract("vllm.v1.metrics.loggers", "literal", "gauge read for load", value="vllm:num_requests_running"),
     Contract("vllm.v1.metrics.loggers", "literal", "gauge read for load", value="vllm:num_requests_waiting"),

@@ -7,8 +7,10 @@ import functools
 import io
 import os
 import secrets
+from collections.abc import Collection
 from typing import Any
 
+from vllm_suite.compat import role_queue
 from vllm_suite.compat.engine_calls import call_engines
 from vllm_suite.compat.role_limits import METHOD
 from vllm_suite.compat.worker_calls import EngineGone
@@ -45,6 +47,15 @@ class RoleEngine:
         """See `Engine`."""
         [answer] = await self._ask(None)
         return int(answer["unfinished"]) + int(self._client.output_processor.get_num_unfinished_requests())
+
+    async def untouched(self, names: Collection[str]) -> set[str]:
+        """See `Engine`."""
+        try:
+            answers = await call_engines(self._client, role_queue.METHOD)
+        except EngineGone:
+            raise EngineDied from None
+        waiting = {request for answer in answers.values() for request in answer}
+        return role_queue.untouched(names, self._client.output_processor.request_states.items(), waiting)
 
     async def set_role(self, role: Role) -> Settings:
         """See `Engine`."""

@@ -76,7 +76,7 @@ class RoleRoutes:
         if self.switcher is None:
             return 409, {"outcome": "refused", "reason": "fixed", "error": self.fixed, **self.document()}
         try:
-            self.switcher.begin(body["role"], body["role_epoch"])
+            self.switcher.begin(body["role"], body["role_epoch"], body.get("give_back", False))
         except Refused as refused:
             outcome = "noop" if refused.reason == "noop" else "refused"
             answer = {"outcome": outcome, "reason": refused.reason, "error": str(refused), **self.document()}
@@ -135,12 +135,14 @@ def able(client: Any) -> tuple[Role, ...]:
 
 
 def _wrong(body: Any) -> str | None:
-    if not isinstance(body, dict) or set(body) != {"role", "epoch", "role_epoch"}:
-        return "the body must be a JSON object with role, epoch and role_epoch, as GET gives them"
+    if not isinstance(body, dict) or set(body) - {"give_back"} != {"role", "epoch", "role_epoch"}:
+        return "the body must be a JSON object with role, epoch and role_epoch, as GET gives them, and give_back or not"
     if body["role"] not in ROLES:
         return f"role must be one of {', '.join(ROLES)}"
     if not isinstance(body["epoch"], str) or type(body["role_epoch"]) is not int:
         return "epoch must be a string and role_epoch a whole number"
+    if type(body.get("give_back", False)) is not bool:
+        return "give_back must be true or false"
     return None
 
 

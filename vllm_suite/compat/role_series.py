@@ -16,6 +16,8 @@ def observe(report: Report) -> None:
     series["vllm_suite_role_switches_total"].labels(report.source, report.target, outcome).inc()
     for phase, seconds in report.seconds.items():
         series["vllm_suite_role_phase_seconds"].labels(phase).observe(seconds)
+    for stage, count in (report.given_back or {}).items():
+        series["vllm_suite_role_given_back_total"].labels(stage).inc(count)
 
 
 @functools.cache

@@ -28,6 +28,12 @@ ROLES: tuple[SeriesSpec, ...] = (
         (PHASE,),
         (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
     ),
+    SeriesSpec(
+        "vllm_suite_role_given_back_total",
+        "counter",
+        "Queued requests that a switch sent back to the router, by stage; nothing of them was begun.",
+        (one_of("stage", "encode", "prefill", "decode"),),
+    ),
 )
 
 # Exported by `vllm-suite roles control`.

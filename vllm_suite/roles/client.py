@@ -83,9 +83,16 @@ def read(url: str, state: dict[str, Any]) -> Seen | None:
     )
 
 
-async def switch(session: aiohttp.ClientSession, one: Seen, target: str, key: str | None) -> dict[str, Any]:
-    """Ask an instance to become `target`, if it is still as it was seen. Its answer; raises NoAnswer."""
-    body = {"role": target, "epoch": one.epoch, "role_epoch": one.role_epoch}
+async def switch(
+    session: aiohttp.ClientSession, one: Seen, target: str, key: str | None, give_back: bool = False
+) -> dict[str, Any]:
+    """Ask an instance to become `target`, if it is still as it was seen. Its answer; raises NoAnswer.
+
+    `give_back`: what waits on it goes back to the router, since others take it (`seen.others_take`).
+    """
+    body: dict[str, Any] = {"role": target, "epoch": one.epoch, "role_epoch": one.role_epoch}
+    if give_back:
+        body["give_back"] = True
     return await _call(session, "POST", one.url + "/suite/v1/role", key, body)
 
 

@@ -20,7 +20,7 @@ from vllm_suite.roles.decider import ROLES, Decider, Move
 from vllm_suite.roles.follow import Follow, Rule
 from vllm_suite.roles.lease import Lease
 from vllm_suite.roles.scale import Scaling, Workload
-from vllm_suite.roles.seen import Seen
+from vllm_suite.roles.seen import Seen, others_take
 
 if TYPE_CHECKING:
     import aiohttp
@@ -109,7 +109,7 @@ class Controller:
             # Whoever leads next has to see this switch: it has to be begun before the lease can be theirs.
             self._count("vllm_suite_roles_looks_total", "no_api")
             return None
-        await self._make_move(session, move)
+        await self._make_move(session, move, fleet)
         return move
 
     async def _scale(self, fleet: list[Seen], now: float) -> None:
@@ -135,7 +135,7 @@ class Controller:
             self._count("vllm_suite_roles_looks_total", "no_api" if outcome == "leader" else outcome)
         return leads
 
-    async def _make_move(self, session: aiohttp.ClientSession, move: Move) -> None:
+    async def _make_move(self, session: aiohttp.ClientSession, move: Move, fleet: list[Seen]) -> None:
         what = f"{move.instance.instance_id}: {move.instance.role} to {move.target} ({move.why})"
         if self._dry_run:
             _log.info("would switch %s", what)
@@ -143,7 +143,9 @@ class Controller:
             self._decider.begun(move, self._clock())
         else:
             try:
-                answer: dict[str, Any] = await switch(session, move.instance, move.target, self._access.instance_key)
+                answer: dict[str, Any] = await switch(
+                    session, move.instance, move.target, self._access.instance_key, others_take(fleet, move.instance)
+                )
             except NoAnswer as error:
                 answer = {"outcome": "no_answer", "error": str(error)}
             outcome = str(answer.get("outcome"))

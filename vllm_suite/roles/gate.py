@@ -2,7 +2,8 @@
 
 An ASGI middleware around vLLM's API server. The router says in a header which stage a request is for; a request without
 it is taken by any instance that serves, and by none that is about to switch. A refusal is a 503 with ``X-Suite-Refused:
-role``: nothing of the request was begun, so whoever sent it may send it elsewhere at once.
+role``: nothing of the request was begun, so whoever sent it may send it elsewhere at once. A request of the router that
+is inside and not begun can get the same answer later.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, get_args
+from collections import Counter
+from collections.abc import Collection
+from typing import get_args
 
 from vllm_suite.roles.state import RoleState, Stage, serves
+from vllm_suite.roles.visit import App, Receive, Scope, Send, Visit
+
+_log = logging.getLogger("vllm.suite.roles")
 
 STAGE_HEADER = "X-Suite-Stage"
 REFUSED_HEADER = "X-Suite-Refused"
 REFUSED = "role"
 PROBE_HEADER = "X-Suite-Probe"
 
-_STAGE, _PROBE = STAGE_HEADER.lower().encode(), PROBE_HEADER.lower().encode()
+_STAGE, _PROBE, _NAME = STAGE_HEADER.lower().encode(), PROBE_HEADER.lower().encode(), b"x-request-id"
 _STAGES: dict[bytes, Stage] = {stage.encode(): stage for stage in get_args(Stage)}
 _PREFIXES = ("/v1/", "/v2/", "/inference/")
 _PATHS = ("/generate", "/invocations", "/pooling", "/classify", "/score", "/rerank")
@@ -30,11 +36,6 @@ _PATHS = ("/generate", "/invocations", "/pooling", "/classify", "/score", "/rera
 _FREE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _LONGEST_BODY = 1 << 30
 _BODY_S = 30.0
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Door:
@@ -45,6 +46,7 @@ class Door:
         arrived: requests let in since the start, by stage.
         inside: requests between their arrival and the end of their answer, by stage; `unknown` where they did not say.
         refused: requests refused since the start.
+        visits: those inside that say their stage and have a name.
         probe_key: opens the gate for requests of the switch itself, which count for nothing.
     """
 
@@ -54,11 +56,22 @@ class Door:
         self.arrived = dict(self.inside)
         self.refused = 0
         self.probe_key = secrets.token_hex(16)
+        self.visits: set[Visit] = set()
 
     @property
     def running(self) -> int:
         """All that is inside."""
         return sum(self.inside.values())
+
+    def open_names(self) -> set[str]:
+        """Names of the requests inside that could go back; one that two of them have tells neither."""
+        names = Counter(visit.name for visit in self.visits)
+        return {visit.name for visit in self.visits if visit.open and names[visit.name] == 1}
+
+    def give_back(self, names: Collection[str]) -> Counter[str]:
+        """Answer these with a refusal, where nothing of an answer has left; how many were, by stage."""
+        names = self.open_names().intersection(names)
+        return Counter(visit.stage for visit in list(self.visits) if visit.name in names and visit.give_back())
 
     def is_probe(self, given: bytes) -> bool:
         """Whether a header's value is the key of the switch."""
@@ -88,11 +101,12 @@ class Gate:
         if not _is_work(scope):
             await self._app(scope, receive, send)
             return
-        stage, probe = _wanted(scope, self._door)
+        stage, probe, request_name = _wanted(scope, self._door)
         door = self._door
         if not door.takes(stage, probe):
             door.refused += not probe
-            await _refuse(door.state, receive, send)
+            if await _read_all(receive, send):
+                await _refuse(door.state, send)
             return
         if probe:
             await self._app(scope, receive, send)
@@ -101,9 +115,27 @@ class Gate:
         door.inside[name] += 1
         door.arrived[name] += 1
         try:
-            await self._app(scope, receive, send)
+            if stage is not None and request_name:
+                await self._visited(Visit(request_name, stage, receive, send), scope, send)
+            else:
+                await self._app(scope, receive, send)
         finally:
             door.inside[name] -= 1
+
+    async def _visited(self, visit: Visit, scope: Scope, send: Send) -> None:
+        door = self._door
+        door.visits.add(visit)
+        try:
+            await self._app(scope, visit.receive, visit.send)
+        except Exception:
+            if not visit.given_back:
+                raise
+            # It was told that its client has left. Whatever it makes of that, the request goes elsewhere.
+            _log.warning("vllm-suite: a request that was given back ended with an error", exc_info=True)
+        finally:
+            door.visits.discard(visit)
+        if visit.given_back:
+            await _refuse(door.state, send)
 
 
 def _is_work(scope: Scope) -> bool:
@@ -117,32 +149,38 @@ def _is_work(scope: Scope) -> bool:
     return not free and path.startswith((*_PREFIXES, *_PATHS))
 
 
-def _wanted(scope: Scope, door: Door) -> tuple[Stage | None, bool]:
+def _wanted(scope: Scope, door: Door) -> tuple[Stage | None, bool, str]:
     stage: Stage | None = None
-    probe = False
+    probe, request_name = False, ""
     for name, value in scope["headers"]:
         if name == _STAGE:
             stage = _STAGES.get(value)
         elif name == _PROBE:
             probe = door.is_probe(value)
-    return stage, probe
+        elif name == _NAME:
+            request_name = value.decode("latin-1")
+    return stage, probe, request_name
 
 
-async def _refuse(state: RoleState, receive: Receive, send: Send) -> None:
-    # What the client is still sending is taken first: an answer amid it could cost the connection.
+async def _read_all(receive: Receive, send: Send) -> bool:
+    """Take what the client is still sending: an answer amid it could cost the connection. False: it wants none."""
     taken = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_BODY_S):
             while taken < _LONGEST_BODY:
                 message = await receive()
                 if message["type"] in ("http.disconnect", "websocket.disconnect"):
-                    return
+                    return False
                 if message["type"] == "websocket.connect":
                     await send({"type": "websocket.close", "code": 1013, "reason": "the instance is changing its role"})
-                    return
+                    return False
                 taken += len(message.get("body", b""))
                 if not message.get("more_body"):
                     break
+    return True
+
+
+async def _refuse(state: RoleState, send: Send) -> None:
     doing = f"serves as {state.role}" if state.phase == "serving" else f"is {state.phase}"
     text = f"this instance {doing} and does not take the request; send it to another"
     error = {"message": text, "type": "ServiceUnavailableError", "param": None, "code": 503}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -46,6 +47,10 @@ class Engine(Protocol):
     async def unfinished(self) -> int:
         """Requests in the engine and its front end."""
 
+    async def untouched(self, names: Collection[str]) -> set[str]:
+        """Those of the requests, by their `X-Request-Id`, of which nothing was begun and which no other instance waits
+        for with what they need."""
+
     async def set_role(self, role: Role) -> Settings:
         """Set the limits of a role and read them back. Raises `SwitchError` where they are not as they should be."""
 
@@ -62,7 +67,8 @@ class Engine(Protocol):
 @dataclass
 class Report:
     """One attempt, as it is served. `seconds` by phase; `changed` are the engine's limits, from and to; `accepts` says
-    of each stage that the two roles treat differently whether a request of it was let in before and after."""
+    of each stage that the two roles treat differently whether a request of it was let in before and after; `given_back`
+    counts by stage the requests that went back to the router, None where none was to."""
 
     attempt: int
     source: Role
@@ -73,6 +79,7 @@ class Report:
     accepts: dict[Stage, list[bool]] = field(default_factory=dict)
     verified: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    given_back: dict[str, int] | None = None
 
 
 class Switcher:
@@ -106,12 +113,15 @@ class Switcher:
         """Where it is now."""
         return self.door.state
 
-    def begin(self, target: Role, expected_epoch: int) -> Report:
-        """Start a switch in the background. Raises `state.Refused`, and `SwitchError` for a role it cannot have."""
+    def begin(self, target: Role, expected_epoch: int, give_back: bool = False) -> Report:
+        """Start a switch in the background. Raises `state.Refused`, and `SwitchError` for a role it cannot have.
+
+        `give_back` sends queued requests back to the router instead of serving them first: others can serve them.
+        """
         if target not in self.can:
             raise SwitchError(f"this instance cannot be {target}; it can be {', '.join(self.can)}")
         self.door.state = begin(self.state, target, expected_epoch, self._clock(), self.deadlines)
-        self.last = Report(self.state.attempt, self.state.role, target)
+        self.last = Report(self.state.attempt, self.state.role, target, given_back={} if give_back else None)
         self._task = asyncio.create_task(self._run(self.last), name="vllm-suite role switch")
         self._task.add_done_callback(self._never_in_between)
         return self.last
@@ -135,7 +145,7 @@ class Switcher:
     async def _run(self, report: Report) -> None:
         before: object = None
         try:
-            await self._phase(report, "closing", self._drain)
+            await self._phase(report, "closing", lambda: self._drain(report))
             before = await self._phase(report, "drained", lambda: self._before(report))
             await self._phase(report, "switching", lambda: self._switch(report, before))
             await self._phase(report, "verified", self._alive)
@@ -182,9 +192,12 @@ class Switcher:
             raise _Failed(self.state.failure)
         return result
 
-    async def _drain(self) -> None:
-        # What was let in runs to its end. The engine is asked too: it may still be at a request whose client left.
+    async def _drain(self, report: Report) -> None:
+        # What was begun runs to its end. The engine is asked too: it may still be at a request whose client left.
         while self.door.running or await self._engine.unfinished():
+            if report.given_back is not None and (names := self.door.open_names()):
+                back = self.door.give_back(await self._engine.untouched(names))
+                report.given_back = dict(Counter(report.given_back) + back)
             await asyncio.sleep(POLL_S)
 
     async def _before(self, report: Report) -> object:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_suite.identity import Role
+from vllm_suite.roles.state import STAGES, serves
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,11 @@ class Seen:
     queue: int
     running: int
     work: Work | None = None
+
+
+def others_take(fleet: Sequence[Seen], one: Seen) -> bool:
+    """Whether every stage that an instance serves is served by another one that is ready."""
+    others = [other for other in fleet if other.instance_id != one.instance_id and other.ready]
+    # Where nobody encodes alone, an instance of role `any` encodes what it prefills itself.
+    stages = [stage for stage in STAGES if serves(one.role, stage) and (stage != "encode" or one.role == "encode")]
+    return all(any(other.phase == "serving" and serves(other.role, stage) for other in others) for stage in stages)

@@ -208,6 +208,25 @@ async def test_work_that_does_not_end_costs_the_switch_and_no_request(made: Made
     assert (await old).status_code == 200
 
 
+async def test_a_switch_that_is_broken_off_leaves_nothing_in_between(made: Made) -> None:
+    switcher, engine, _ = made
+    engine.hold.clear()
+    old = asyncio.create_task(engine.send("decode"))
+    while not engine.door.running:
+        await asyncio.sleep(0.01)
+    switcher.begin("prefill", 0)
+    await asyncio.sleep(0.05)
+    assert switcher.state.phase == "closing"
+    switcher.close()
+    async with asyncio.timeout(30):
+        while switcher.state.phase == "closing":
+            await asyncio.sleep(0.01)
+    assert switcher.state.phase == "out"
+    assert (await engine.send("decode")).status_code == 503
+    engine.hold.set()
+    assert (await old).status_code == 200
+
+
 async def test_what_is_not_begun(made: Made) -> None:
     switcher, _, reports = made
     with pytest.raises(SwitchError, match="cannot be encode"):

@@ -180,11 +180,15 @@ class Fleet(RuleBasedStateMachine):
             late = {"closing": "serving", "drained": "serving", "restoring": "out"}
             assert (one.state.phase, one.state.epoch) == (late.get(before.phase, "restoring"), before.epoch)
 
-    @rule(i=st.integers(0, 5), seconds=st.sampled_from((2.0, STEP_S)))
-    def a_phase_is_done_while_nobody_looks_at_the_clock(self, i: int, seconds: float) -> None:
-        """The process was held up: its news come before its clock is looked at again."""
+    @rule(phases=st.integers(0, 3), seconds=st.sampled_from((2.0, STEP_S)))
+    def a_switch_is_held_up(self, phases: int, seconds: float) -> None:
+        """After some phases the process stands still: the next news come before its clock is looked at again."""
+        for i in range(6):
+            for _ in range(phases):
+                self.a_phase_is_done(i)
         self.now += seconds
-        self.a_phase_is_done(i)
+        for i in range(6):
+            self.a_phase_is_done(i)
         self.time_passes(0.0)
 
     @rule(i=st.integers(0, 5), late=st.booleans())

@@ -78,10 +78,16 @@ class Machine(RuleBasedStateMachine):
             self.passed.append(done)
         self.become(new)
 
-    @rule()
-    def right_news(self) -> None:
+    @rule(late=st.sampled_from((0, 0, 0, 1)))
+    def right_news(self, late: int) -> None:
         if self.state.phase not in ("serving", "out"):
-            self.news(0, self.state.phase)
+            self.news(late, self.state.phase)
+
+    @rule(seconds=st.floats(0, 12))
+    def news_of_a_process_that_was_held_up(self, seconds: float) -> None:
+        """They come before anybody looks at the clock."""
+        self.now += seconds
+        self.right_news(0)
 
     @rule(late=st.integers(0, 1))
     def fault(self, late: int) -> None:

@@ -155,9 +155,9 @@ async def test_the_controller_follows_the_load_and_no_request_is_lost(changing, 
         assert sum(p.switcher.state.role == "prefill" for p in prefills) == 1
         await router.until(lambda: sum(m.role == "decode" for m in router.router.pool.members) == 3)
         task.cancel()
+    await router.until(lambda: len(answers) > 20)
     ends.set()
     await asyncio.gather(*clients)
-    assert len(answers) > 20
     assert set(answers) == {200}
     labels = {"source": "prefill", "target": "decode", "why": "rule", "outcome": "begun"}
     assert registry.get_sample_value("vllm_suite_roles_moves_total", labels) == 1
@@ -192,7 +192,10 @@ async def test_a_switch_that_fails_is_tried_again_and_leaves_no_hole(changing, s
     one, _ = controller(router)
     async with aiohttp.ClientSession() as session:
         for _ in range(2):
-            assert (await one.once(session)) is not None
+            # A look that takes too long on a busy machine decides nothing.
+            async with asyncio.timeout(60):
+                while await one.once(session) is None:
+                    await asyncio.sleep(0.05)
             await asyncio.gather(*(made.switcher.settled() for made in fleet))
     assert [made.switcher.state.role for made in fleet] == ["prefill", "prefill", "decode"]
     assert {made.switcher.state.phase for made in fleet} == {"serving"}
