@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import prometheus
 import pytest
 from aiohttp import web
 from epd_fleet import CHAT, alone, blind, counts, epd_spec, instance, look, pictures, since, through, until, working
-from harness import Fleet, prompt, request, run_of_ports, running
+from harness import KEY, Fleet, prompt, request, run_of_ports, running
 
 from vllm_suite.fleet.pictures_parts import Part, text_part
 from vllm_suite.fleet.tiny_media import write
+from vllm_suite.observability.capabilities import EPD
 
 ENCODERS = ("encode-0", "encode-1")
 
@@ -106,6 +108,20 @@ async def test_pictures_by_value_and_by_url_are_encoded_once_on_encoders(fleet: 
             assert refused.status == 400, host
             assert refused.json["error"]["message"].startswith("item 0 (image_url)")
         assert asked == ["/a.png"]
+
+
+async def test_the_dashboard_of_encoders_has_data(fleet: Fleet, tmp_path: Path) -> None:
+    jobs = [prometheus.job("instances", *(fleet.url(name) for name in (*ENCODERS, "prefill", "decode")))]
+    jobs += [prometheus.job("router", fleet.url("router"), honor_labels=True, authorization={"credentials": KEY})]
+    with prometheus.running(tmp_path, run_of_ports(1), jobs) as server:
+        server.until(server.targets_up, "a good scrape of every target")
+        for seed in (150, 160):
+            one = look(*pictures(seed + 5, 1))  # several are overlapped with prefill, and not waited for
+            for body in (look(*pictures(seed, 2)), look(*pictures(seed, 2), salt="again"), one):
+                assert (await fleet.post(body, path=CHAT)).status == 200
+            await asyncio.sleep(1.5)  # the first point of what appeared now, before it grows
+        # No fault of the encoder cache here that would have ended an engine.
+        server.until_filled(EPD, {"vllm_suite_ec_contained_faults_total"})
 
 
 async def test_an_encoder_dies_at_work_and_then_the_other(fleet: Fleet) -> None:
