@@ -23,10 +23,10 @@ from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.state_file import write_atomically
 from vllm_suite.fleet.supervisor import Supervisor
 from vllm_suite.fleet.tiny import make_tiny_model
+from vllm_suite.fleet.tiny_engine import tiny_engine, tiny_transfer
 
 START_S = 400.0
 _SUITE = {"pull_timeout_s": 4.0, "claim_timeout_s": 0.5, "lease_s": 5.0, "peer_retry_s": 0.5, "peer_retry_max_s": 2.0}
-_KV_ROLE = {"prefill": "kv_producer", "decode": "kv_consumer", "any": "kv_both"}
 
 FLAT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """vLLM on CPU grows by itself with every new number of tokens in a step: oneDNN keeps up to 1,024 compiled primitives,
@@ -89,17 +89,10 @@ def fleet_file(folder: Path, model: Path, pools: dict[str, int]) -> dict[str, An
         "name": "soak",
         "model": str(model),
         "served_model_name": MODEL,
-        "engine": {
-            "dtype": "float32",
-            "max_model_len": 2048,
-            "max_num_seqs": 8,
-            "block_size": 32,
-            "kv_cache_memory_bytes": 64 << 20,
-            "generation_config": "vllm",
-        },
+        "engine": tiny_engine(),
         "env": {"HF_HUB_OFFLINE": "1", "VLLM_SUITE_FLEET_KEY": secrets.token_hex(16), **FLAT},
         "pools": {
-            role: {"replicas": number, "engine": {"kv_transfer_config": _transfer(role)}}
+            role: {"replicas": number, "engine": {"kv_transfer_config": tiny_transfer(role, _SUITE)}}
             for role, number in pools.items()
         },
         "roles": {"limits": {"decode": {"max_num_batched_tokens": 512}, "prefill": {"max_num_seqs": 4}}},
@@ -123,16 +116,6 @@ def fleet_file(folder: Path, model: Path, pools: dict[str, int]) -> dict[str, An
             "start_timeout": "300s",
         },
     }  # fmt: skip
-
-
-def _transfer(role: str) -> dict[str, Any]:
-    return {
-        "kv_connector": "SuiteNixlConnector",
-        "kv_role": _KV_ROLE[role],
-        "kv_buffer_device": "cpu",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"suite": _SUITE},
-    }
 
 
 @contextlib.asynccontextmanager

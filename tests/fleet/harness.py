@@ -20,6 +20,8 @@ from typing import Any
 import aiohttp
 import yaml
 
+from vllm_suite.fleet.tiny_engine import tiny_engine, tiny_transfer
+
 START_TIMEOUT_S = 300.0
 MODEL = "tiny"
 KEY = "client-key"
@@ -228,16 +230,7 @@ def spec(model: Path, log_dir: Path) -> dict[str, Any]:
     return {
         "model": str(model),
         "served_model_name": MODEL,
-        "engine": {
-            "dtype": "float32",
-            "max_model_len": 2048,
-            "max_num_seqs": 8,
-            "block_size": 32,
-            "kv_cache_memory_bytes": 64 << 20,
-            "enable_prefix_caching": False,
-            "generation_config": "vllm",
-            "additional_config": {},
-        },
+        "engine": {**tiny_engine(), "enable_prefix_caching": False, "additional_config": {}},
         "env": {"VLLM_SUITE_FLEET_KEY": "fleet-key"},
         "pools": {role: {"engine": {"kv_transfer_config": transfer(role)}} for role in ("prefill", "decode")},
         "router": {
@@ -257,13 +250,7 @@ def spec(model: Path, log_dir: Path) -> dict[str, Any]:
 
 
 def transfer(role: str) -> dict[str, Any]:
-    return {
-        "kv_connector": "SuiteNixlConnector",
-        "kv_role": {"prefill": "kv_producer", "decode": "kv_consumer", "any": "kv_both"}[role],
-        "kv_buffer_device": "cpu",
-        "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"suite": SUITE},
-    }
+    return tiny_transfer(role, SUITE)
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from functools import partial
 from vllm_suite.planner.plan import Plan, Role
 from vllm_suite.planner.simulator.clock import Clock
 from vllm_suite.planner.simulator.company import Company
-from vllm_suite.planner.simulator.counters import FleetRun, PoolRun, encode_run, pool_run
+from vllm_suite.planner.simulator.counters import FleetRun, PoolRun
 from vllm_suite.planner.simulator.encoders import Waiter
 from vllm_suite.planner.simulator.engine import Observer
 from vllm_suite.planner.simulator.fetches import Fetches
+from vllm_suite.planner.simulator.flights import Flight, whole
 from vllm_suite.planner.simulator.handover import Costs, Event, Lease
 from vllm_suite.planner.simulator.instances import Leg, Receiving
 from vllm_suite.planner.simulator.jobs import Job, SimulationError
@@ -19,7 +20,7 @@ from vllm_suite.planner.simulator.links import Links
 from vllm_suite.planner.simulator.members import Members, Way
 from vllm_suite.planner.simulator.roles import Roles
 from vllm_suite.planner.simulator.routing import Instance, LeastTokens
-from vllm_suite.planner.simulator.served import Served, Sink
+from vllm_suite.planner.simulator.served import Sink
 from vllm_suite.planner.simulator.setting import Setting
 from vllm_suite.planner.simulator.switching import Switching
 from vllm_suite.planner.workload import Item, Request
@@ -52,27 +53,6 @@ def simulate_plan(
     return _Fleet(plan, setting, sink, observer, switching).run(requests)
 
 
-class _Flight:
-    """A request on its way.
-
-    Attributes:
-        decode: the instance that the router has picked for the answer, before any other stage.
-        prefill, lease: where its cache lies, and what keeps it there.
-        waiter: its items at the encode stage, until they were fetched.
-        ahead: prefill does not wait for all of them.
-        since: when it came to the queue that it is in.
-    """
-
-    __slots__ = ("ahead", "decode", "lease", "prefill", "request", "served", "since", "waiter")
-
-    def __init__(self, request: Request, served: Served, decode: Instance) -> None:
-        self.request, self.served, self.decode = request, served, decode
-        self.prefill: Instance | None = None
-        self.lease: Lease | None = None
-        self.waiter: Waiter | None = None
-        self.since, self.ahead = 0.0, False
-
-
 class _Fleet(Way):
     def __init__(
         self, plan: Plan, setting: Setting, sink: Sink, observer: Observer | None, switching: Switching | None
@@ -97,14 +77,8 @@ class _Fleet(Way):
         self.clock.run()
         if self._under_way:
             raise SimulationError(f"{self._under_way} requests were left behind: a fault of the simulator")
-        members, end = self.members, self._end
-        pools: dict[Role, PoolRun] = {}
-        for pool in members.plan.pools:
-            role = pool.role
-            pools[role] = (
-                encode_run(members.every_encoder, end) if role == "encode" else pool_run(members.ever[role], end)
-            )
-        return FleetRun(end, pools, tuple(self.roles.made) if self.roles is not None else ())
+        made = tuple(self.roles.made) if self.roles is not None else ()
+        return FleetRun(self._end, self.members.runs(self._end), made)
 
     def _drawn(self, requests: Iterable[Request]) -> Iterator[Request]:
         yield from requests
@@ -113,7 +87,7 @@ class _Fleet(Way):
     def _more(self) -> bool:
         return self._under_way > 0 or not self._exhausted
 
-    def _hop(self, flight: _Flight, stage: int, now: float, then: Callable[[_Flight, float], None]) -> None:
+    def _hop(self, flight: Flight, stage: int, now: float, then: Callable[[Flight, float], None]) -> None:
         """The router sends the request on."""
         if self.serving.hop_s <= 0:
             then(flight, now)
@@ -122,8 +96,7 @@ class _Fleet(Way):
         self.clock.post(now + self.serving.hop_s, Event.HOP, number, stage, lambda at, _: then(flight, at))
 
     def _arrive(self, request: Request, now: float) -> None:
-        served = Served(request.number, request.arrival, request.prompt, request.output, request.label)
-        flight = _Flight(request, served, self._answers.choose(self.members.active[self._front]))
+        flight = Flight(request, self._answers.choose(self.members.active[self._front]))
         self._under_way += 1
         if self._company is not None:
             self._company.came(request.number, request.arrival)
@@ -145,22 +118,22 @@ class _Fleet(Way):
             flight.ahead = True
             self._hop(flight, 0, now, self._forward)
 
-    def _overlaps(self, flight: _Flight, waiter: Waiter) -> bool:
+    def _overlaps(self, flight: Flight, waiter: Waiter) -> bool:
         """Whether prefill runs ahead of the items (vllm_suite/router/encode/stage.py)."""
         if not self._runs_ahead or waiter.left < (2 if self.serving.overlap == "auto" else 1):
             return False
-        return not self._whole(flight.request, flight.decode)
+        return not whole(flight.request, flight.decode, self.setting)
 
     # Encode
 
-    def _encoded(self, flight: _Flight, now: float) -> None:
+    def _encoded(self, flight: Flight, now: float) -> None:
         """All items are there: prefill may begin."""
         assert flight.waiter is not None
         flight.served.encode_start, flight.served.encoded = flight.waiter.start, now
         if not flight.ahead:
             self._hop(flight, 0, now, self._forward)
 
-    def _fetch(self, flight: _Flight, instance: Instance, leg: Leg, now: float) -> None:
+    def _fetch(self, flight: Flight, instance: Instance, leg: Leg, now: float) -> None:
         """Give a leg to an instance, after its items where there are any, or before them."""
         waiter, fetches = flight.waiter, self.fetches
         if waiter is None:
@@ -186,54 +159,28 @@ class _Fleet(Way):
 
     # Prefill
 
-    def _forward(self, flight: _Flight, now: float) -> None:
+    def _forward(self, flight: Flight, now: float) -> None:
         """To prefill, or past it."""
         prefills, request = self.members.active.get("prefill"), flight.request
-        if not prefills or (not flight.ahead and self._whole(request, flight.decode)):
+        if not prefills or (not flight.ahead and whole(request, flight.decode, self.setting)):
             self._to_decode(flight, now)
             return
         instance = flight.prefill = self._prompts.choose(prefills)
         instance.charge(request.prompt)
         # One token more than prefill samples: the blocks are to be kept.
-        self._fetch(flight, instance, self._leg(flight, 2, self._own_items(flight)), now)
+        self._fetch(flight, instance, flight.leg(2, self._own_items(flight)), now)
 
-    def _whole(self, request: Request, decode: Instance) -> bool:
-        """Whether decode does the prompt itself (vllm_suite/router/decide.py): it is short, or mostly there already."""
-        serving, prompt = self.serving, request.prompt
-        if prompt < serving.min_prompt_tokens:
-            return True
-        if not request.prefix or decode.history is None or not self.setting.prefix_caching:
-            return False
-        known = min(decode.history.matched(request.prefix), prompt)
-        return known > serving.max_cached_fraction * prompt or prompt - known < serving.min_prompt_tokens
-
-    def _leg(self, flight: _Flight, output: int, items: tuple[Item, ...] = ()) -> Leg:
-        each = flight.request
-        return Leg(
-            each.number,
-            each.arrival,
-            each.prompt,
-            output,
-            prefix=each.prefix,
-            block=each.block,
-            label=each.label,
-            flight=flight,
-            items=items,
-        )
-
-    def _own_items(self, flight: _Flight) -> tuple[Item, ...]:
+    def _own_items(self, flight: Flight) -> tuple[Item, ...]:
         return flight.request.items if self.members.stage is None else ()
 
     def prefilled(self, instance: Instance, job: Job, now: float) -> None:
         """See `Way`."""
         assert isinstance(job, Leg)
         assert instance.leases is not None
-        flight: _Flight = job.flight
+        flight: Flight = job.flight
         # The flight will hold the job; a circle would wait for the garbage collector.
         job.flight, served = None, flight.served
-        served.prefill_start, served.prefilled, served.cached = job.first_scheduled, now, job.found
-        served.preemptions += job.preemptions
-        instance.waited += job.first_scheduled - flight.since
+        flight.note_prefilled(instance, job, now)
         instance.discharge(job.prompt)
         if served.output == 1 and self.serving.streams == "prefill":
             instance.engine.release(job.held, now, job)
@@ -251,7 +198,7 @@ class _Fleet(Way):
 
     # Decode
 
-    def _to_decode(self, flight: _Flight, now: float) -> None:
+    def _to_decode(self, flight: Flight, now: float) -> None:
         """To the instance that answers: with a reference to the cache, or to compute the prompt itself."""
         if flight.decode.draining:
             flight.decode = self._answers.choose(self.members.active[self._front])
@@ -259,22 +206,12 @@ class _Fleet(Way):
         instance.charge(request.prompt + (self.serving.answer_tokens or request.output))
         if request.prefix and instance.history is not None:
             instance.history.add(request.prefix, request.block)
-        leg = self._leg(flight, request.output)
-        if flight.lease is None:
-            leg.items = self._own_items(flight)
-        else:
-            leg.remote = True
-            if self.serving.streams == "decode":
-                # Decode computes the last token of the prompt again and samples from it.
-                leg.cached = request.prompt - 1
-            else:
-                leg.cached, leg.generated = request.prompt, 1
-                leg.first_token = leg.last_token = flight.served.prefilled
+        leg = flight.answer_leg(self._own_items(flight), self.serving.streams)
         self._fetch(flight, instance, leg, now)
 
     def pull(self, instance: Instance, leg: Leg, blocks: int, now: float) -> bool:
         """See `Way`."""
-        flight: _Flight = leg.flight
+        flight: Flight = leg.flight
         lease, source = flight.lease, flight.prefill
         assert lease is not None
         assert source is not None
@@ -303,22 +240,12 @@ class _Fleet(Way):
     def finished(self, instance: Instance, job: Job, now: float) -> None:
         """See `Way`."""
         assert isinstance(job, Leg)
-        flight: _Flight = job.flight
-        served, start = flight.served, job.first_scheduled
-        if flight.lease is None:
-            served.prefill_start, served.prefilled, served.cached = start, job.first_token, job.found
-            instance.waited += start - flight.since
-        else:
-            served.decode_start = start
-            pulled = served.transferred - served.transfer_start
-            instance.waited += start - flight.since - (pulled if pulled == pulled else 0.0)
-        served.first_token, served.last_token = job.first_token, job.last_token
-        served.longest_gap = job.longest_gap
-        served.preemptions += job.preemptions
+        flight: Flight = job.flight
+        flight.note_answered(instance, job)
         instance.discharge(job.prompt + (self.serving.answer_tokens or job.output))
         self._done(flight, now)
 
-    def _done(self, flight: _Flight, now: float) -> None:
+    def _done(self, flight: Flight, now: float) -> None:
         self._under_way -= 1
         self._end = now
         served, serving = flight.served, self.serving

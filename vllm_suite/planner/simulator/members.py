@@ -8,6 +8,7 @@ from itertools import count
 
 from vllm_suite.planner.plan import Plan, PlanError, PoolPlan, Role
 from vllm_suite.planner.simulator.clock import Clock
+from vllm_suite.planner.simulator.counters import PoolRun, encode_run, pool_run
 from vllm_suite.planner.simulator.encode_stage import EncodeStage
 from vllm_suite.planner.simulator.encoders import EncodeObserver, Encoder
 from vllm_suite.planner.simulator.engine import Observer
@@ -148,3 +149,12 @@ class Members:
             return found
 
         return of
+
+    def runs(self, end: float) -> dict[Role, PoolRun]:
+        """What the pools have counted until `end`."""
+        return {
+            pool.role: encode_run(self.every_encoder, end)
+            if pool.role == "encode"
+            else pool_run(self.ever[pool.role], end)
+            for pool in self.plan.pools
+        }
