@@ -120,6 +120,8 @@ class Control:
         beside = [asyncio.create_task(watch()), asyncio.create_task(beat())]
         try:
             return await self._work(order, lambda text: _write(writer, {"say": text}), unwanted)
+        except Exception as error:  # noqa: BLE001  whoever asked is told, and the fleet goes on
+            return {"status": 1, "problem": f"a defect, or a full disk: {error!r}"}
         finally:
             for task in beside:
                 task.cancel()

@@ -146,8 +146,8 @@ class Roll:
         if not self._order.force:
             await self._others(process)
         self._supervisor.mark(process, "draining")
-        write_atomically(self._withdrawn, url + "\n")
         try:
+            write_atomically(self._withdrawn, url + "\n")
             await self._until(lambda rows: url not in rows, f"{name}: the router goes on sending to it")
             self._say(f"{name}: gets no new work, finishing")
             return await self._finished(process)

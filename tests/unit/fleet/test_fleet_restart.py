@@ -220,6 +220,23 @@ async def test_who_asked_may_change_his_mind(tmp_path: Path) -> None:
         assert running.pids() == before
 
 
+async def test_a_full_disk_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with fleet(tmp_path, {"decode": {"replicas": 2}}) as running:
+        before = running.pids()
+        with monkeypatch.context() as patched:
+            patched.setattr(restart, "write_atomically", full)
+            assert await running.order("--all") == 1
+        assert "No space left" in capsys.readouterr().err
+        assert running.supervisor.find("fleet-decode-0").state == "ready"
+        assert running.pids() == before
+        assert await running.order("fleet-decode-0") == 0
+
+
 async def test_orders_that_make_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with fleet(tmp_path, {"decode": {"replicas": 1}}) as running:
         assert await running.order("fleet-decode-1") == 2
