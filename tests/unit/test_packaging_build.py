@@ -13,7 +13,10 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from vllm_suite import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
+INFO = f"vllm_suite-{__version__}.dist-info"
 BUILD = "import hatchling.build as b, sys; print(b.build_{kind}(sys.argv[1]))"
 
 
@@ -67,7 +70,7 @@ def test_the_wheel_has_every_file_of_its_packages(wheel: Path) -> None:
     wanted = {path.relative_to(base or ".") for folder, base in packages.items() for path in tracked(folder)}
     assert len(wanted) > 500
     assert not wanted - names
-    assert {path.parts[0] for path in names} == {path.parts[0] for path in wanted} | {"vllm_suite-0.1.0.dist-info"}
+    assert {path.parts[0] for path in names} == {path.parts[0] for path in wanted} | {INFO}
     kinds = {path.suffix for path in wanted}
     assert {".html", ".js", ".css", ".yaml", ".typed"} <= kinds
 
@@ -75,7 +78,7 @@ def test_the_wheel_has_every_file_of_its_packages(wheel: Path) -> None:
 def test_the_wheel_has_its_entry_points(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         points = configparser.ConfigParser()
-        points.read_string(archive.read("vllm_suite-0.1.0.dist-info/entry_points.txt").decode())
+        points.read_string(archive.read(f"{INFO}/entry_points.txt").decode())
     assert dict(points["vllm.general_plugins"]) == {"vllm_suite": "vllm_suite.bootstrap:load"}
     assert dict(points["vllm.endpoint_plugins"]) == {"vllm_suite_control": "vllm_suite.compat.endpoint:create"}
     assert dict(points["console_scripts"]) == {"vllm-suite": "vllm_suite.cli.main:main"}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from vllm_suite.fleet.launch import (
+from vllm_suite.fleet.launch import Launch, plan_instances
+from vllm_suite.fleet.launch_front import (
     WITHDRAWN_FILE,
-    Launch,
     controller_fleet,
     plan_controller,
-    plan_instances,
     plan_router,
     router_config,
 )

@@ -10,7 +10,8 @@ from typing import Any
 
 from vllm_suite.fleet.demo_pictures import picture_request
 from vllm_suite.fleet.demo_spec import SERVED_NAME, free_ports
-from vllm_suite.fleet.launch import Launch, plan_router, router_config
+from vllm_suite.fleet.launch import Launch
+from vllm_suite.fleet.launch_front import plan_router, router_config
 from vllm_suite.fleet.pictures import SIZES
 from vllm_suite.fleet.pictures_parts import Part, image_part
 from vllm_suite.fleet.replay import Request

@@ -21,7 +21,8 @@ from vllm_suite.fleet.control import Control
 from vllm_suite.fleet.devices import DeviceError
 from vllm_suite.fleet.files import explain
 from vllm_suite.fleet.keeper import adopt_orphans
-from vllm_suite.fleet.launch import WITHDRAWN_FILE, Launch, ModelError, router_config
+from vllm_suite.fleet.launch import Launch, ModelError
+from vllm_suite.fleet.launch_front import WITHDRAWN_FILE, router_config
 from vllm_suite.fleet.process import PortTaken
 from vllm_suite.fleet.restart import NotRestarted, Order, Roll, Unknown
 from vllm_suite.fleet.spec import FleetSpec

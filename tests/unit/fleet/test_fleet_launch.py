@@ -17,7 +17,8 @@ from vllm_suite.fleet import launch as launch_module
 from vllm_suite.fleet import up
 from vllm_suite.fleet.demo_spec import DemoOptions, demo_fleet, single_engine
 from vllm_suite.fleet.devices import DeviceError, assign, visible_gpus
-from vllm_suite.fleet.launch import Launch, ModelError, plan_instances, plan_router, router_config
+from vllm_suite.fleet.launch import Launch, ModelError, plan_instances
+from vllm_suite.fleet.launch_front import plan_router, router_config
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.router.config import RouterConfig
 

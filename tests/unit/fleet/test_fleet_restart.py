@@ -23,7 +23,7 @@ from vllm_suite.fleet import restart
 from vllm_suite.fleet.control import SOCKET_FILE, Control
 from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.fleet.files import parse_fleet
-from vllm_suite.fleet.launch import WITHDRAWN_FILE, plan_router, router_config
+from vllm_suite.fleet.launch_front import WITHDRAWN_FILE, plan_router, router_config
 from vllm_suite.fleet.process import FleetProcess
 from vllm_suite.fleet.restart import alone
 from vllm_suite.fleet.state_file import write_atomically

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from vllm_suite.fleet.assemble import plan, supervise
 from vllm_suite.fleet.files import parse_fleet
-from vllm_suite.fleet.launch import controller_fleet, plan_instances, router_config
+from vllm_suite.fleet.launch import plan_instances
+from vllm_suite.fleet.launch_front import controller_fleet, router_config
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.status import _controller, local_processes, table
 from vllm_suite.fleet.supervisor import Supervisor

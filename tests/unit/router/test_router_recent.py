@@ -7,7 +7,8 @@ from hashlib import sha256
 
 import pytest
 
-from vllm_suite.fleet.launch import plan_instances, router_config
+from vllm_suite.fleet.launch import plan_instances
+from vllm_suite.fleet.launch_front import router_config
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.router.config import RouterConfig
 from vllm_suite.router.recent import AGAIN_S, LIMIT, Recent

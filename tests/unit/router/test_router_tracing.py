@@ -14,7 +14,8 @@ import pytest
 import yaml
 from otlp_collector import Collector, collecting
 
-from vllm_suite.fleet.launch import plan_instances, plan_router, router_config
+from vllm_suite.fleet.launch import plan_instances
+from vllm_suite.fleet.launch_front import plan_router, router_config
 from vllm_suite.fleet.spec import FleetSpec
 from vllm_suite.fleet.tracing import TracingSpec
 from vllm_suite.router import tracing as tracing_module
