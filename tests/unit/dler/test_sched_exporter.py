@@ -99,6 +99,9 @@ def test_counters_grow_and_gauges_are_set() -> None:
     assert client.value("queue_age_seconds", **{"class": "a"}) == 10
     assert client.value("wait_p99_seconds", order="actual") == client.value("wait_p99_seconds", order="in_turn") == 10
     assert client.value("overtakes_total") == 0
+    # Nothing of the kind happened, and a rate has a first point.
+    assert client.value("boosts_total") == client.value("evictions_total", reason="kv_full") == 0
+    assert client.value("poll_failures_total", reason="timeout") == 0
 
 
 def test_every_series_that_a_policy_reports_is_in_the_table() -> None:

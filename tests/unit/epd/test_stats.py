@@ -35,6 +35,11 @@ def value(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(f"vllm_suite_ec_{name}", LABELS | labels)
 
 
+def test_counters_start_at_zero_and_gauges_of_tiers_with_the_tier(metrics: SuiteECPromMetrics) -> None:
+    assert value("pool_evictions_total", tier="host") == value("fetches_total", outcome="ok") == 0
+    assert value("pool_capacity_bytes", tier="host") is None
+
+
 def test_counts_add_up_and_gauges_do_not() -> None:
     one, other = SuiteECStats(), SuiteECStats()
     assert one.is_empty()

@@ -16,7 +16,7 @@ from vllm_suite.fleet.files import parse_fleet
 from vllm_suite.metrics import GROUPS
 from vllm_suite.observability.__main__ import chart_files, main
 from vllm_suite.observability.alerts import ALERTS
-from vllm_suite.observability.dashboards import DASHBOARDS
+from vllm_suite.observability.dashboards import DASHBOARDS, GOODPUT
 from vllm_suite.observability.grafana import expressions, to_json
 from vllm_suite.observability.rules import rule_file
 
@@ -273,6 +273,16 @@ def test_every_dashboard_expression_is_promql(tmp_path: Path) -> None:
     rules = [{"record": f"suite:{index}", "expr": expr} for index, expr in enumerate(queries)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     promtool("check", "rules", "--lint=none", str(tmp_path / "rules.yaml"))
+
+
+def test_goodput_without_a_good_request_is_0(tmp_path: Path) -> None:
+    series = [{"series": f'{R}_slo_requests_total{{{ON},model="m",verdict="late"}}', "values": "0+60x20"}]
+    expr = GOODPUT.queries[0].expr.replace("FLEET", 'fleet=~".*"').replace("$__rate_interval", "5m")
+    wanted = {"expr": expr, "eval_time": "20m", "exp_samples": [{"labels": '{model="m"}', "value": 0}]}
+    path = tmp_path / "tests.yaml"
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": [wanted]}
+    path.write_text(yaml.safe_dump({"tests": [test]}))
+    promtool("test", "rules", str(path))
 
 
 def test_json_is_what_the_chart_ships() -> None:
