@@ -135,8 +135,25 @@ ROLES = Dashboard(
         Panel("Requests that wait", (Query(greatest(f"{CONTROL}_queue", "role"), "{{role}}"),)),
         Panel("Instances left out", (Query(greatest(f"{CONTROL}_out"), "out"),)),
         rates("Looks of the controller", f"{CONTROL}_looks_total", "outcome"),
-        rates("Switches asked for", f"{CONTROL}_moves_total", "source, target, why, outcome"),
-        rates("Attempts on instances", "vllm_suite_role_switches_total", "source, target, outcome"),
+        # Rare, so each may be a series' first count, of which a rate shows nothing.
+        Panel(
+            "Switches asked for, since the controller began",
+            (
+                Query(
+                    total(f"{CONTROL}_moves_total", "source, target, why, outcome"),
+                    "{{source}} to {{target}}, {{why}}: {{outcome}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Attempts on instances, since they began",
+            (
+                Query(
+                    total("vllm_suite_role_switches_total", "source, target, outcome"),
+                    "{{source}} to {{target}}: {{outcome}}",
+                ),
+            ),
+        ),
         tails("Seconds of a phase", "vllm_suite_role_phase_seconds", "phase"),
     ),
 )
