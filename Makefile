@@ -1,6 +1,9 @@
 # Every target calls `setup`, which does nothing when the environment is already right.
 PY := .venv/bin/python
 TEST_ARGS ?=
+# Tests that use one core run side by side on so many; tests/conftest.py says which run alone, after them.
+WORKERS ?= 2
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 VALIDATION_ARGS ?=
 
@@ -23,16 +26,16 @@ format: setup ## rewrite the code as ruff formats it
 	@.venv/bin/ruff format .
 
 test: lint ## lint, then all tests: unit, one real engine, fleets of real processes
-	$(PY) -m pytest tests $(TEST_ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) tests $(TEST_ARGS)
 
 test-all: lint ## lint, then all tests with the slow ones: the whole SwiftKV matrix, about half an hour on 2 cores
-	$(PY) -m pytest -m "slow or not slow" tests $(TEST_ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "slow or not slow" tests $(TEST_ARGS)
 
 test-unit: setup ## the quick tests
-	$(PY) -m pytest tests/unit $(TEST_ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) tests/unit $(TEST_ARGS)
 
 test-engine: setup ## tests on one real engine
-	$(PY) -m pytest tests/engine $(TEST_ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) tests/engine $(TEST_ARGS)
 
 test-fleet: setup ## tests on several real processes, with faults
 	$(PY) -m pytest tests/fleet $(TEST_ARGS)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.observability.grafana import Dashboard, expressions
 
 ROOT = Path(__file__).parents[1]
@@ -121,10 +121,8 @@ def job(name: str, *urls: str, **more: Any) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, and that the system hands to nobody before it is used."""
+    return free_ports(1)
 
 
 @contextlib.contextmanager

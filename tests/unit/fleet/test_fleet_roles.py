@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from vllm_suite.fleet.assemble import plan, supervise
+from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.fleet.files import parse_fleet
 from vllm_suite.fleet.launch import plan_instances
 from vllm_suite.fleet.launch_front import controller_fleet, router_config
@@ -22,12 +22,6 @@ from vllm_suite.fleet.status import _controller, local_processes, table
 from vllm_suite.fleet.supervisor import Supervisor
 from vllm_suite.roles.limits import ENV_LIMITS, parse
 from vllm_suite.roles.predict import PredictError
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def spec(**roles: Any) -> FleetSpec:
@@ -59,7 +53,7 @@ def test_limits_reach_the_instances_that_can_switch() -> None:
 
 def controlled(tmp_path: Path, **over: Any) -> FleetSpec:
     found = spec(control=True, start={"prefill": 1}).model_dump(mode="json", exclude_unset=True)
-    found["local"] |= {"log_dir": str(tmp_path), "controller_port": free_port()}
+    found["local"] |= {"log_dir": str(tmp_path), "controller_port": free_ports(1)}
     found["env"] = {"VLLM_SUITE_FLEET_KEY": "fleet-secret"}
     found["pools"]["any"]["env"] = {"HF_TOKEN": "hub-secret"}
     found["router"] = {"auth": {"api_keys": ["client-secret"], "control_key": "control-secret"}}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 from multidict import CIMultiDict
+
+from vllm_suite.fleet.demo_spec import free_ports
 
 REFERENCE = {
     "do_remote_prefill": True,
@@ -46,11 +47,8 @@ class Seen:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        assert isinstance(port, int)
-        return port
+    """Not one that the system hands out: tests run side by side, and another one could be given it meanwhile."""
+    return free_ports(1)
 
 
 @dataclass

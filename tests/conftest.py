@@ -1,0 +1,84 @@
+"""How tests share the machine where pytest is given workers, as `make test` does (``-n 2 --dist loadfile``).
+
+Most use one core, so workers run them side by side, a file at a time. What starts whole fleets, keeps deadlines or
+measures times follows when the workers have ended, one after the other in pytest's own process; so one run has one
+summary and one exit status. Without ``-n`` everything runs there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+# Below this folder: these want the machine for themselves.
+ALONE = ("engine", "fleet", "gpu")
+# What workers begin with: a long file that is begun last leaves all workers but one without work.
+FIRST = ("unit/swiftkv", "unit/dler", "unit/kernels")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_worker(config):
+        # Workers fill the cores; and an engine that is forked from a process which has used OpenMP threads hangs.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.suffix != ".py" or _runs_here(collection_path, config):
+        return None  # other reasons to ignore it remain
+    return True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A file that was named on the command line is not asked for above."""
+    items[:] = [item for item in items if _runs_here(item.path, config)]
+    if _is_worker(config):
+        items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if _below(item.path, name)), len(FIRST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
+    done = yield
+    if _has_workers(session.config):
+        _run_the_rest(session)
+    return done
+
+
+def _run_the_rest(session: pytest.Session) -> None:
+    by_workers = session.testscollected
+    reporter: Any = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None:
+        reporter.showfspath = session.config.get_verbosity() >= 0  # xdist switched it off: its files are mixed
+        reporter.write_line("")
+    items = session.perform_collect()
+    session.testscollected += by_workers
+    for item, following in itertools.pairwise([*items, None]):
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def _has_workers(config: pytest.Config) -> bool:
+    return config.pluginmanager.hasplugin("dsession")
+
+
+def _runs_here(path: Path, config: pytest.Config) -> bool:
+    alone = any(_below(path, name) for name in ALONE)
+    if _is_worker(config):
+        return not alone
+    return alone or not _has_workers(config)
+
+
+def _below(path: Path, name: str) -> bool:
+    return path.is_relative_to(HERE / name)
