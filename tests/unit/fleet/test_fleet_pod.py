@@ -43,6 +43,7 @@ class Server(ThreadingHTTPServer):
         self.pulls = 0
         self.leases = 0
         self.key: str | None = None
+        self.sick = False  # no metrics
         self.broken = 0  # so many of the next questions about the state are not answered
         self.path_taken = ("disaggregated", "long")
         self.pulls_per_request = 1
@@ -73,6 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.path == "/suite/v1/state":
             self._say(200, at.state)
+        elif self.path == "/metrics" and at.sick:
+            self._say(500, "a defect")
         elif self.path == "/metrics":
             pulls = f'vllm_suite_kv_pulls_total{{outcome="ok",engine="0"}} {at.pulls}.0\n'
             failed = 'vllm_suite_kv_pulls_total{outcome="failed",engine="0"} 7.0\n'
@@ -223,6 +226,12 @@ def test_check_proves_that_a_request_was_disaggregated(server: Server, capsys: p
     first, second = server.prompts
     assert first != second, "decode has the first one cached"
     assert len(first.split()) == 300
+
+
+def test_check_says_what_the_router_answered(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.sick = True
+    assert run("check", "--router", server.url) == 1
+    assert capsys.readouterr().err == 'check: /metrics answered 500: "a defect"\n'
 
 
 def test_check_fails_where_decode_did_all(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import random
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from vllm_suite.fleet.pod.asking import CLIENT_KEYS, CheckFailed, ask, bearer, call, connect, total
@@ -34,24 +36,18 @@ def check(router: str, decode: Sequence[str], prompt_tokens: int, timeout_s: flo
     before_pulls = pulls(decode, timeout_s) if decode else 0.0
     connection = connect(router, timeout_s)
     headers = bearer(CLIENT_KEYS)
-    status, text = call(connection, "/v1/models", headers)
-    if status != 200:
-        raise CheckFailed(f"/v1/models answered {status}: {text[:300]}")
-    model = json.loads(text)["data"][0]["id"]
-    _, before = call(connection, "/metrics", headers)
+    model = json.loads(_good(connection, "/v1/models", headers))["data"][0]["id"]
+    before = _good(connection, "/metrics", headers)
     # New words each time: a prompt that decode has cached would not be sent to prefill.
     draw = random.Random(time.time_ns())  # any number will do
     words = " ".join(str(draw.randrange(10**6)) for _ in range(prompt_tokens))
     body = {"model": model, "prompt": words, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-    status, text = call(connection, "/v1/completions", headers, body)
-    if status != 200:
-        raise CheckFailed(f"/v1/completions answered {status}: {text[:300]}")
-    usage = json.loads(text)["usage"]
+    usage = json.loads(_good(connection, "/v1/completions", headers, body))["usage"]
     if usage["completion_tokens"] != 16:
         raise CheckFailed(f"asked for 16 tokens, got {usage}")
     if not decode:
         return f"answered: {usage['prompt_tokens']} prompt tokens, 16 output tokens"
-    _, after = call(connection, "/metrics", headers)
+    after = _good(connection, "/metrics", headers)
     sent = total(after, DECISIONS, path="disaggregated") - total(before, DECISIONS, path="disaggregated")
     failed = total(after, RECOVERIES) - total(before, RECOVERIES)
     if sent < 1:
@@ -62,3 +58,14 @@ def check(router: str, decode: Sequence[str], prompt_tokens: int, timeout_s: flo
             raise CheckFailed(f"decode pulled no KV blocks; the router took {failed:g} recovery steps")
         time.sleep(0.5)
     return f"disaggregated: {usage['prompt_tokens']} prompt tokens prefilled, {pulled:g} pulls, {failed:g} recoveries"
+
+
+def _good(connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str], body: Any = None) -> str:
+    """The text of a 200 answer; every other one is said, that to `/metrics` too: its counts are compared."""
+    try:
+        status, text = call(connection, path, headers, body)
+    except http.client.NotConnected as error:
+        raise CheckFailed(f"{path}: the router had closed the connection after the answer before") from error
+    if status != 200:
+        raise CheckFailed(f"{path} answered {status}: {text[:300]}")
+    return text
