@@ -16,7 +16,7 @@ from harness import CONTROL_KEY, Fleet, prompt, request, run_of_ports, running, 
 
 from vllm_suite.fleet.process import ready_members
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 TOKENS = 24
 
@@ -114,8 +114,6 @@ async def test_a_rolling_restart_loses_no_request(model: Path, tmp_path: Path) -
             for name in names:
                 assert await fleet.metric(name, "vllm_suite_kv_refused_total") == 0
                 assert fleet.member(name)["restarts"] == 1
-            status, said = await restart(fleet, "fleet-prefill-0", "fleet-prefill-1", "--finish", "60")
-            assert status == 0, said
             await fleet.idle(roles=names)
 
 

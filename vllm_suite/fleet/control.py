@@ -81,6 +81,8 @@ class Control:
                 async with asyncio.timeout(_CLOSE_S):
                     while await reader.read(_LONGEST):
                         pass
+        except asyncio.CancelledError:
+            pass  # the fleet ends; asyncio would print the task's end as a defect
         finally:
             self._tasks.discard(task)
             writer.close()

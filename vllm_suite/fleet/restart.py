@@ -199,9 +199,12 @@ class Roll:
             )
 
     async def _rows(self) -> dict[str, dict[str, Any]]:
-        answer = await ask(self._supervisor.session, self._router.launch)
-        if answer is None:
-            raise NotRestarted(f"the router at {self._router.launch.url} does not answer")
+        """The router's list by address; asked again for a while where an answer is late."""
+        end = time.monotonic() + _LISTED_S
+        while (answer := await ask(self._supervisor.session, self._router.launch)) is None:
+            if time.monotonic() > end:
+                raise NotRestarted(f"the router at {self._router.launch.url} does not answer")
+            await asyncio.sleep(_POLL_S)
         return {row["url"]: row for row in answer.get("instances", [])}
 
     async def _until(self, true: Callable[[Mapping[str, Mapping[str, Any]]], bool], else_: str) -> None:
