@@ -279,6 +279,15 @@ class Fleet(RuleBasedStateMachine):
             for _ in range(phases):
                 self.a_phase_is_done(i)
 
+    @rule(c=st.integers(0, 1), phases=st.integers(0, 3), seconds=st.sampled_from((2.0, STEP_S)))
+    def a_controllers_switch_is_held_up(self, c: int, phases: int, seconds: float) -> None:
+        """All the way there, since by chance few runs get so far."""
+        self.load(0, 20)
+        self.a_round_without_a_fault(c)
+        self.time_passes(STEP_S)
+        self.a_round_without_a_fault(c)
+        self.a_switch_is_held_up(phases, seconds)
+
     @rule()
     def nothing_happens_for_long(self) -> None:
         for _ in range(6):
