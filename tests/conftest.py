@@ -17,9 +17,34 @@ import pytest
 
 HERE = Path(__file__).parent
 # Below this folder: these want the machine for themselves.
-ALONE = ("engine", "fleet", "gpu")
-# What workers begin with: a long file that is begun last leaves all workers but one without work.
-FIRST = ("unit/swiftkv", "unit/dler", "unit/kernels")
+ALONE = (
+    "fleet",
+    "gpu",
+    "engine/test_calibrate.py",
+    "engine/test_control_endpoint.py",
+    "engine/test_disagg_start.py",
+    "engine/test_dler_pd.py",
+    "engine/test_dler_serving.py",
+    "engine/test_epd_encode_only.py",
+    "engine/test_epd_faults.py",
+    "engine/test_epd_idle.py",
+    "engine/test_epd_overlap.py",
+    "engine/test_epd_slices.py",
+    "engine/test_epd_tower.py",
+    "engine/test_epd_tp.py",
+    "engine/test_epd_v2.py",
+    "engine/test_handoff.py",
+    "engine/test_layouts.py",
+    "engine/test_slices_exact.py",
+    "engine/test_swiftkv_eval.py",
+    "engine/test_swiftkv_prefill_only.py",
+    "engine/test_swiftkv_serving.py",
+    "engine/test_swiftkv_tp.py",
+    "engine/test_transfer_faults.py",
+)
+# What workers begin with: engines are forked from a process that has run nothing else, and a long file that is begun
+# last leaves all workers but one without work.
+FIRST = ("engine", "unit/swiftkv", "unit/dler", "unit/kernels")
 
 
 def pytest_configure(config: pytest.Config) -> None:
