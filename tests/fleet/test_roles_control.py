@@ -78,7 +78,8 @@ def calibration(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """How long the steps of this very engine take on this machine."""
     path = tmp_path_factory.mktemp("calibrated") / "tiny.yaml"
     limits = ["--max-num-seqs", "8", "--max-num-batched-tokens", "2048", "--max-model-len", "2048"]
-    options = ["--dtype", "float32", "--seconds", "45", "--dense", "0.5"]
+    engine = json.dumps({"kv_cache_memory_bytes": 128 << 20, "block_size": 32})
+    options = ["--dtype", "float32", "--engine-args", engine, "--seconds", "30", "--dense", "0.5"]
     command = [sys.executable, "-m", "vllm_suite.cli.main", "calibrate", "--model", str(model), "-o", str(path)]
     done = subprocess.run([*command, *limits, *options], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
