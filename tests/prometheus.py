@@ -40,6 +40,14 @@ def program(name: str) -> str:
     pytest.skip(f"no {name}; install Debian's package prometheus, or set VLLM_SUITE_PROMETHEUS to a folder with it")
 
 
+def available() -> bool:
+    """Whether there is a Prometheus, for tests that are about more than it."""
+    try:
+        return bool(program("prometheus"))
+    except pytest.skip.Exception:
+        return False
+
+
 def promtool(*arguments: str, stdin: str | None = None) -> str:
     """Run it and return its output; fails the test with that where the exit status is not 0."""
     command = [program("promtool"), *arguments]

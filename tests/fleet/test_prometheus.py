@@ -37,7 +37,7 @@ NOT_SEEN = {
     "overview": {"vllm_suite_router_stream_errors_total": "no answer broke off after its first byte"},
     "disagg": {"vllm_suite_kv_contained_faults_total": "no transfer failed in a way that would have ended an engine"},
     "roles": {
-        "vllm_suite_roles_moves_total": "there is no pool `any`, so no role is switched",
+        "vllm_suite_roles_moves_total": "there is no pool `any`; test_roles_flip.py has one",
         "vllm_suite_role_switches_total": "the same",
         "vllm_suite_role_phase_seconds": "the same",
     },

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import aiohttp
+import prometheus
 import pytest
 from flip import (
     DECODE,
     FIXED,
+    NAMES,
     PREFILL,
     Answer,
     Controlled,
@@ -25,7 +28,10 @@ from flip import (
     roles_now,
     slowest,
 )
-from harness import Fleet, running
+from harness import KEY, Fleet, run_of_ports, running
+from prometheus_client import start_http_server
+
+from vllm_suite.observability.capabilities import ROLES as DASHBOARD
 
 ROLES = {"every": 0.5, "agree": 2, "hold": 3, "least_queue": 3}
 QUICK = {"every": 0.25, "agree": 2, "hold": 1, "least_queue": 3}
@@ -58,14 +64,28 @@ async def test_roles_follow_a_load_that_flips_and_flips_back(model: Path, tmp_pa
                     await steady.some(CLIENTS)
                     fitting[mix.name] = slowest(await steady.some(COUNT))
             answers = list[Answer]()
-            async with Controlled(fleet, wanted) as controlled:
-                # The roles are those of the decode-heavy mix now: the first flip is towards prefill.
-                for mix, roles in FLIPS:
-                    async with Steady(fleet, mix, CLIENTS, expected) as steady:
-                        await become(fleet, roles)
-                        found = await steady.inside(fitting[mix.name].times(SLACK), COUNT)
-                    answers += steady.answers
-                    print(mix.name, "fitting", fitting[mix.name], "followed", found, len(steady.answers))
+            controlled = Controlled(fleet, wanted)
+            series, _ = start_http_server(port := run_of_ports(1), "127.0.0.1", controlled.registry)
+            jobs = [
+                prometheus.job("instances", *(fleet.url(name) for name in NAMES)),
+                prometheus.job("router", fleet.url("router"), honor_labels=True, authorization={"credentials": KEY}),
+                prometheus.job("controller", f"127.0.0.1:{port}"),
+            ]
+            with contextlib.ExitStack() as stack:
+                server = None
+                if prometheus.available():  # without one the rest of the test is run all the same
+                    server = stack.enter_context(prometheus.running(tmp_path, run_of_ports(1), jobs, interval="2s"))
+                async with controlled:
+                    # The roles are those of the decode-heavy mix now: the first flip is towards prefill.
+                    for mix, roles in FLIPS:
+                        async with Steady(fleet, mix, CLIENTS, expected) as steady:
+                            await become(fleet, roles)
+                            found = await steady.inside(fitting[mix.name].times(SLACK), COUNT)
+                        answers += steady.answers
+                        print(mix.name, "fitting", fitting[mix.name], "followed", found, len(steady.answers))
+                if server is not None:
+                    server.until_filled(DASHBOARD)
+            series.shutdown()
     assert [one.error for one in answers if one.error] == []
     assert all(one.right for one in answers)
     assert [(move["source"], move["target"]) for move in controlled.moves] == [
