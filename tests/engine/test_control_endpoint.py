@@ -81,6 +81,7 @@ def test_the_state_names_the_instance(server: Server) -> None:
         "plugins": ["disagg"],
     }
     assert state["kv_connector"] == "SuiteNixlConnector"
+    assert state["prefix_caching"] is True
     assert state["block_size"] >= 16
     assert len(state["epoch"]) == 16
     assert state["load"] == {"running": 0, "waiting": 0, "kv_usage": 0.0, "waiting_tokens": 0}

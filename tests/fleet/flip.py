@@ -59,9 +59,7 @@ def flip_spec(model: Path, log_dir: Path, roles: dict[str, Any]) -> dict[str, An
     limits = {"prefill": {"max_num_seqs": 2}, "decode": {"max_num_seqs": 4, "max_num_batched_tokens": 256}}
     wanted["roles"] = {"limits": limits, **roles}
     # Short prompts go straight to decode, as they do by default.
-    disaggregation = {"min_prompt_tokens": 256, "max_cached_fraction": 1.0}
-    # The engines cache no prefix, so no prompt is known to one that decoded it before: all long ones are prefilled.
-    wanted["router"]["disaggregation"] = disaggregation | {"chunk_tokens": 4096}
+    wanted["router"]["disaggregation"] = {"min_prompt_tokens": 256, "max_cached_fraction": 1.0}
     wanted["router"]["timeouts"] = {"prefill_s": _REQUEST_S, "connect_s": 2.0}
     wanted["router"]["limits"] = {"wait_for_instance_s": 30.0}
     wanted["local"] |= {"first_port": run_of_ports(3), "first_side_channel_port": run_of_ports(3)}

@@ -81,6 +81,7 @@ ROWS: tuple[Contract, ...] = (
     Contract("vllm.config:VllmConfig.kv_transfer_config", "attribute", "served as kv_connector"),
     Contract("vllm.config:ModelConfig.max_model_len", "attribute", "served"),
     Contract("vllm.config:CacheConfig.block_size", "attribute", "served"),
+    Contract("vllm.config:CacheConfig.enable_prefix_caching", "attribute", "served"),
     # engine_state.py
     Contract("vllm.engine.protocol:EngineClient.check_health", "method", "readiness", ("self",)),
     Contract("vllm.engine.protocol:EngineClient.is_sleeping", "method", "readiness", ("self",)),

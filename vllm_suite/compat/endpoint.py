@@ -88,6 +88,7 @@ class Control:
         self._fixed |= {
             "max_model_len": config.model_config.max_model_len,
             "block_size": config.cache_config.block_size,
+            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
             "kv_connector": transfer.kv_connector if transfer is not None else None,
         }
         self._roles.start(engine_client, args, self._fixed["models"][0])

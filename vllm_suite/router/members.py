@@ -58,6 +58,7 @@ class State:
     phase: str = "serving"  # of a switch; see `vllm_suite.roles.state`
     target: str | None = None  # of a switch that goes on
     pulled: tuple[Pulled, ...] = ()
+    prefix_caching: bool = True  # what a stock instance has is not known; vLLM's default is to have it
 
 
 class PrefixHistory:
@@ -70,6 +71,8 @@ class PrefixHistory:
     def add(self, hashes: Iterable[int]) -> None:
         """Remember the chained chunk hashes of a prompt that was served."""
         chunks = self._chunks
+        if not self._limit:
+            return
         for value in hashes:
             chunks[value] = None
             chunks.move_to_end(value)
@@ -107,7 +110,7 @@ class Member:
         self.outstanding_requests = 0
         self.outstanding_tokens = 0
         self.encode_tokens = 0  # sent to it or waiting for it in the encode stage
-        self.history = PrefixHistory(history_chunks)
+        self.history = PrefixHistory(history_chunks if state.prefix_caching else 0)
         base = URL(url)
         self.completions = base / "v1/completions"
         self.chat = base / "v1/chat/completions"

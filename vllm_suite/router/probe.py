@@ -134,6 +134,7 @@ class SuiteProbe:
             phase=phase if isinstance(phase, str) else "serving",
             target=target if target in _ROLES else None,
             pulled=_pulled(answer.get("pulled")),
+            prefix_caching=answer.get("prefix_caching") is not False,
         )
 
 

@@ -98,6 +98,15 @@ async def test_single_entry_batch_and_chat_are_disaggregated(instance, serve):
     assert router.value("decisions_total", path="disaggregated", reason="prefill") == 2
 
 
+async def test_nothing_is_thought_cached_where_decode_keeps_no_prefixes(instance, serve):
+    p, d = await instance("prefill"), await instance("decode", says={"prefix_caching": False})
+    router = await serve([p, d])
+    await router.post(body())
+    await router.post(body())
+    assert len(p.seen) == 2
+    assert router.value("history_chunks", instance=d.instance_id) == 0
+
+
 async def test_cached_prompt_goes_straight_to_decode(instance, serve):
     p, d = await instance("prefill"), await instance("decode")
     router = await serve([p, d])
