@@ -74,6 +74,20 @@ async def test_the_state_is_what_the_router_has(instance, serve):
     assert not any(word in str(raw) for word in ("127.0.0.1", "'two'", p.url))
 
 
+async def test_a_wanted_switch_is_no_trouble_and_one_that_goes_back_is(instance, serve):
+    p, d, other = await instance("prefill"), await instance("decode"), await instance("decode")
+    router = await serve([p, d, other])
+    other.ready, other.says = False, {"phase": "closing", "target": "prefill"}
+    await router.until(lambda: any(m.state.phase == "closing" for m in router.router.pool.members))
+    state = await read(router)
+    assert (state.health, state.headline) == ("ok", f"{other.instance_id} changes from decode to prefill")
+    other.says = {"phase": "restoring", "target": "prefill"}
+    await router.until(lambda: any(m.state.phase == "restoring" for m in router.router.pool.members))
+    router.router.ui._cached = None
+    state = await read(router)
+    assert (state.health, state.headline) == ("degraded", "1 of 2 decode not ready")
+
+
 async def test_what_is_wrong_comes_first(instance, serve):
     d = await instance("decode")
     router = await serve([d])

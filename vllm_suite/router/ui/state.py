@@ -33,6 +33,7 @@ STAGES = ("encode", "queue", "prefill", "first_token", "decode", "answer")
 """Values of the label `stage` in the order of a request; `answer` is both of the last two where nothing is streamed."""
 
 _COUNTERS = ("requests", "decisions", "recoveries", "stream_errors", "slo_requests")
+_ON_ITS_WAY = ("closing", "drained", "switching", "verified")
 _HISTOGRAMS = (*(name for names in SEEN.values() for name in names), "stage_seconds")
 
 
@@ -234,6 +235,11 @@ def _why_not(member: RouterMember) -> str:
     return ""
 
 
+def _switches(member: doc.Member) -> bool:
+    """Is away because its role changes, as somebody wanted; one that goes back or is out is a trouble."""
+    return member.target is not None and member.phase in _ON_ITS_WAY and member.why_not == member.phase
+
+
 def _judge(pools: list[doc.Pool], traffic: doc.Traffic, draining: bool) -> tuple[doc.Health, str]:
     """What to look at first, in one sentence."""
     if draining:
@@ -241,14 +247,17 @@ def _judge(pools: list[doc.Pool], traffic: doc.Traffic, draining: bool) -> tuple
     if not any(pool.ready for pool in pools if pool.role in ("decode", "any")):
         return "down", "No decode instance is ready: requests are refused"
     troubles = []
+    switching = [(one.instance, one.role, one.target) for pool in pools for one in pool.members if _switches(one)]
     for pool in pools:
-        away = pool.instances - pool.ready + pool.missing
+        away = pool.instances - pool.ready + pool.missing - sum(_switches(one) for one in pool.members)
         if away:
             troubles.append(f"{away} of {pool.instances + pool.missing} {pool.role} not ready")
     if traffic.failed:
         troubles.append(f"{traffic.failed} failed request{'s' if traffic.failed > 1 else ''} in the window")
     if troubles:
         return "degraded", "; ".join(troubles)
+    if switching:
+        return "ok", "; ".join(f"{name} changes from {role} to {target}" for name, role, target in switching[:4])
     count = sum(pool.instances for pool in pools)
     return "ok", f"{'All ' if count > 1 else ''}{count} instance{'s' if count > 1 else ''} ready"
 
