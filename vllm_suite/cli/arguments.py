@@ -32,9 +32,8 @@ def base_url(text: str) -> str:
     return text.rstrip("/")
 
 
-def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which fleet."""
-    parser.add_argument("--url", type=base_url, help="the router (default: that of the fleet in --log-dir)")
+def add_log_dir(parser: argparse.ArgumentParser) -> None:
+    """Where the state of a fleet on this machine stands."""
     parser.add_argument(
         "--log-dir",
         type=Path,
@@ -42,3 +41,9 @@ def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("build/fleet"),
         help="local.log_dir of a fleet on this machine (build/fleet)",
     )
+
+
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which fleet."""
+    parser.add_argument("--url", type=base_url, help="the router (default: that of the fleet in --log-dir)")
+    add_log_dir(parser)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_suite.cli.arguments import seconds
+from vllm_suite.cli.arguments import add_log_dir, seconds
 
 HELP = "restart instances of a running fleet one by one, after they have finished their work"
 
@@ -17,13 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("names", nargs="*", metavar="NAME", help="instances, for example fleet-prefill-0")
     parser.add_argument("--all", action="store_true", help="every instance of the fleet")
-    parser.add_argument(
-        "--log-dir",
-        type=Path,
-        metavar="DIR",
-        default=Path("build/fleet"),
-        help="local.log_dir of a fleet on this machine (build/fleet)",
-    )
+    add_log_dir(parser)
     parser.add_argument(
         "--finish", type=seconds, default=300.0, metavar="S", help="seconds that an instance may take to finish (300)"
     )
