@@ -8,8 +8,9 @@ summary and one exit status. Without ``-n`` everything runs there.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if _runs_here(item.path, config)]
     if _is_worker(config):
         items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if _below(item.path, name)), len(FIRST)))
+
+
+@pytest.fixture(autouse=True)
+def _root_log_level() -> Iterator[None]:
+    """vLLM's API server imports a package that sets it to ERROR; which files a worker ran before must not matter."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.hookimpl(wrapper=True)

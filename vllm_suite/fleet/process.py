@@ -44,7 +44,8 @@ class Ended(RuntimeError):
 class FleetProcess:
     """A `Launch` that runs, ran or will run.
 
-    `restarts` counts starts after the first; `started_at` and `ready_at` are seconds of `time.monotonic`.
+    `restarts` counts starts after the first; `started_at` and `ready_at` are seconds of `time.monotonic`. `problem` is
+    what ended it last, with its last lines: the log goes on with the next start.
     """
 
     def __init__(self, launch: Launch, stop_timeout_s: float) -> None:
@@ -52,6 +53,7 @@ class FleetProcess:
         self.stop_timeout_s = stop_timeout_s
         self.state: State = "waiting"
         self.restarts = 0
+        self.problem: str | None = None
         self.exit_code: int | None = None
         self.started_at = 0.0
         self.ready_at: float | None = None

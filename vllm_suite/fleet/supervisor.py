@@ -145,7 +145,7 @@ class Supervisor:
             self._watch(process, ready)
             await ready
             return
-        life = process.restarts
+        life, process.problem = process.restarts, None
         try:
             if process.state in ("ready", "draining"):  # else it has ended by itself and is being started
                 life += 1
@@ -155,7 +155,9 @@ class Supervisor:
             end = time.monotonic() + self.local.start_timeout / 1000 + _KNOWN_S
             while process.restarts < life or process.state != "ready":
                 if process.restarts > life or self._down(process) or time.monotonic() > end:
-                    raise StartFailed(f"{process.name} did not become ready again\n{process.log_tail()}")
+                    raise StartFailed(
+                        f"{process.name} did not become ready again\n{process.problem or process.log_tail()}"
+                    )
                 await asyncio.sleep(_LOOK_S)
         finally:
             self._asked.discard(process.name)
@@ -202,11 +204,11 @@ class Supervisor:
                 problem = f"ended with status {code}"
                 if process.ready_at and time.monotonic() - process.ready_at > policy.reset_after / 1000:
                     in_a_row = 0
+            process.problem = f"{process.name}: {problem}\n--- {process.launch.log}\n{process.log_tail()}"
             if not first.done():
                 # A first start that fails is a wrong setting far more often than bad luck.
                 self._change(process, "failed", problem)
-                tail = process.log_tail()
-                first.set_exception(StartFailed(f"{process.name}: {problem}\n--- {process.launch.log}\n{tail}"))
+                first.set_exception(StartFailed(process.problem))
                 return
             if first.cancelled() or not policy.enabled or in_a_row >= policy.max_restarts:
                 self._change(process, "failed", problem)

@@ -19,7 +19,7 @@ import pytest
 from servers import engine, local
 
 from vllm_suite.cli.main import main
-from vllm_suite.fleet import restart
+from vllm_suite.fleet import restart, supervisor
 from vllm_suite.fleet.control import SOCKET_FILE, Control
 from vllm_suite.fleet.demo_spec import free_ports
 from vllm_suite.fleet.files import parse_fleet
@@ -184,13 +184,18 @@ async def test_work_that_does_not_end_in_time(tmp_path: Path, capsys: pytest.Cap
         assert [(await one)[0] for one in asked] == [200, 200]
 
 
-async def test_one_that_does_not_come_back_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_one_that_does_not_come_back_ends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It has begun another life by then, whose command is the end of the log.
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.6)
     async with fleet(tmp_path, {"decode": {"replicas": 2}}) as running:
         before = running.pids()
         (tmp_path / "fleet-decode-0.fail").touch()
         assert await running.order("--all") == 1
         said = capsys.readouterr().err
         assert "fleet-decode-0 did not become ready again" in said
+        assert "fleet-decode-0 ended with status 1 before it was ready" in said
         assert "no such model: nowhere" in said
         assert running.out()["restarted"] == []
         assert running.pids()["fleet-decode-1"] == before["fleet-decode-1"]

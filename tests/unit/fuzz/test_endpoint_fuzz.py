@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fuzz_checks import DEADLINE_S, Log, complaints, examples, says_why
-from hypothesis import event, given, note
+from hypothesis import event, example, given, note
 from hypothesis import strategies as st
 from shapes import ANY_JSON, HEADER, encoded, framed
 from wild import Got, exchange
@@ -81,7 +81,7 @@ def has_length(headers: list[tuple[bytes, bytes]]) -> bool:
 _ROLE = st.sampled_from(["prefill", "decode", "any", "encode"])
 _SWITCH = st.fixed_dictionaries(
     {"role": _ROLE | ANY_JSON, "epoch": st.text(max_size=16) | ANY_JSON, "role_epoch": st.integers(-1, 3) | ANY_JSON},
-    optional={"more": ANY_JSON},
+    optional={"give_back": st.booleans() | ANY_JSON, "more": ANY_JSON},
 )
 _BODY = st.one_of(
     st.builds(encoded, _SWITCH | ANY_JSON),
@@ -159,31 +159,43 @@ def _framed(body: bytes) -> tuple[bytes, bytes, bool]:
     return b"Content-Length: %d\r\n" % len(body), body, True
 
 
+# `MINE` stands for the instance's own epoch, without which a body gets no further than `stale`.
+MINE = "<the instance's>"
+_OWN_SWITCH = st.fixed_dictionaries(
+    {"role": _ROLE, "epoch": st.just(MINE), "role_epoch": st.integers(-1, 3)},
+    optional={"give_back": st.booleans() | ANY_JSON},
+)
+
+
 @examples(200)
-@given(status=st.sampled_from([200, 202, 409]), body=_SWITCH | ANY_JSON)
+@given(status=st.sampled_from([200, 202, 409]), body=_OWN_SWITCH | _SWITCH | ANY_JSON)
+@example(status=202, body={"role": "any", "epoch": MINE, "role_epoch": 3})
+@example(status=202, body={"role": "decode", "epoch": MINE, "role_epoch": 0, "give_back": True})
 def test_whatever_is_asked_of_a_switcher(status: int, body: Any) -> None:
     """The part behind the route, with a switcher that would begin."""
     from vllm_suite.compat.role_routes import RoleRoutes
     from vllm_suite.identity import identity
 
-    begun: list[tuple[str, int]] = []
+    begun: list[tuple[str, int, bool]] = []
 
-    def begin(role: str, epoch: int) -> None:
-        begun.append((role, epoch))
+    def begin(role: str, epoch: int, give_back: bool) -> None:
+        begun.append((role, epoch, give_back))
         if status != 202:
             raise Refused("noop" if status == 200 else "stale", "as drawn")
 
     routes = RoleRoutes()
     routes.switcher = SimpleNamespace(begin=begin, can=("any",), last=None)  # type: ignore[assignment]
-    if isinstance(body, dict) and isinstance(body.get("epoch"), str) and len(body["epoch"]) % 2:
+    if isinstance(body, dict) and body.get("epoch") == MINE:
         body = body | {"epoch": identity().epoch}
     answered, answer = routes.set(body)
     assert answered in (200, 202, 400, 409)
     assert answer["outcome"] in ("begun", "noop", "refused")
     assert answered == 202 or answer["error"]
-    for role, epoch in begun:
+    assert (answered == 202) == (bool(begun) and status == 202)
+    for role, epoch, give_back in begun:
         assert role in ("encode", "prefill", "decode", "any")
         assert type(epoch) is int
+        assert give_back is body.get("give_back", False)
 
 
 @examples(200)
