@@ -36,6 +36,7 @@ class KubernetesSpec(Settings):
     )
     rdma: Rdma | None = Field(default=None, description="RDMA devices of each instance")
     shm_size: Quantity = Field(default="16Gi", description="/dev/shm of each instance; counts as its memory")
+    tmp_size: Quantity = Field(default="8Gi", description="limit of /tmp of each pod, on its node's disk")
     api_port: Port = Field(default=8000, description="of instances")
     side_channel_port: Port = Field(default=15600, description="first NIXL side-channel port of instances")
     item_port: Port = Field(default=16600, description="first port for encoder outputs")

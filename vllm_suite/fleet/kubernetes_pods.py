@@ -35,7 +35,10 @@ class ModelVolume(Settings):
     mount_path: str = Field(default="/models", pattern=r"^/.+", description="`model` is a path below it")
     hub_secret: Name | None = Field(default=None, description="Secret whose key `token` opens gated models")
     cache_claim: Name | None = Field(default=None, description="ReadWriteMany claim that instances download to")
-    cache_size: Quantity = Field(default="100Gi", description="limit of each pod's own cache, where there is no claim")
+    cache_size: Quantity = Field(
+        default="100Gi",
+        description="limit of each pod's /cache: what it compiles, and downloads where there is no cache_claim",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelVolume:
@@ -47,7 +50,9 @@ class ModelVolume(Settings):
 class Resources(Settings):
     """Of one container; GPUs and RDMA devices are added."""
 
-    requests: dict[str, Quantity] = Field(default={}, description="for example {cpu: '8', memory: 64Gi}")
+    requests: dict[str, Quantity] = Field(
+        default={}, description="for example {cpu: '8', memory: 64Gi, ephemeral-storage: 120Gi}"
+    )
     limits: dict[str, Quantity] = Field(default={}, description="as above; memory has to hold /dev/shm too")
 
 

@@ -217,7 +217,8 @@ spec:
         {{- end }}
   volumes:
     - name: tmp
-      emptyDir: {}
+      emptyDir:
+        sizeLimit: {{ $k.tmp_size }}
     - name: cache
       emptyDir:
         sizeLimit: {{ $k.model.cache_size }}

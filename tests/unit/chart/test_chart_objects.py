@@ -85,6 +85,37 @@ def test_every_pod_is_confined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_no_pod_can_fill_its_node(name: str) -> None:
+    """Every emptyDir has a limit, and /dev/shm alone is memory, which the pod's memory limit counts."""
+    limits: dict[str, set[str]] = {}
+    for pod in workloads(name):
+        for volume in pod["spec"].get("volumes", []):
+            if "emptyDir" in volume:
+                limits.setdefault(volume["name"], set()).add(volume["emptyDir"]["sizeLimit"])
+                assert volume["emptyDir"].get("medium", "") == ("Memory" if volume["name"] == "shm" else "")
+    assert limits == {"tmp": {"8Gi"}, "cache": {"100Gi"}, "shm": {"16Gi"}}
+
+
+def test_room_on_disk_is_what_the_file_says() -> None:
+    room = {"requests": {"ephemeral-storage": "120Gi"}, "limits": {"ephemeral-storage": "130Gi"}}
+    values = fleet(
+        pools={"any": {"replicas": 2}},
+        roles={"control": True},
+        kubernetes={"tmp_size": "3Gi", "model": {"cache_size": "300Gi"}, "instances": {"resources": room}},
+    )
+    objects = render(values)
+    for component in ("any", "router", "controller"):
+        found = find(objects, "Deployment", f"llm-{component}")
+        sizes = {one["name"]: one.get("emptyDir") for one in found["spec"]["template"]["spec"]["volumes"]}
+        assert sizes["tmp"] == {"sizeLimit": "3Gi"}
+        assert ("cache" in sizes) is (component == "any")
+        own = container(found)["resources"]
+        assert (own["requests"].get("ephemeral-storage") == "120Gi") is (component == "any")
+        assert (own["limits"].get("ephemeral-storage") == "130Gi") is (component == "any")
+        validate(found, "1.34")
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_selectors_find_their_pods(name: str) -> None:
     labels = [pod["metadata"]["labels"] for pod in workloads(name)]
     for found in render(CASES[name]):
