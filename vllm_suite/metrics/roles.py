@@ -60,11 +60,11 @@ CONTROLLER: tuple[SeriesSpec, ...] = (
     SeriesSpec(
         "vllm_suite_roles_moves_total",
         "counter",
-        "Switches asked for, why (start, rule), and the answer: begun, noop, refused, no_answer, dry_run.",
+        "Switches asked for, why (again, start, rule), and the answer: begun, noop, refused, no_answer, dry_run.",
         (
             SOURCE,
             TARGET,
-            one_of("why", "start", "rule"),
+            one_of("why", "again", "start", "rule"),
             one_of("outcome", "begun", "noop", "refused", "no_answer", "dry_run"),
         ),
     ),

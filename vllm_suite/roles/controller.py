@@ -1,8 +1,9 @@
 """The controller: one process that looks at the fleet, decides, and asks one instance at a time to switch.
 
 It keeps nothing that matters: the roles are in the instances. If it dies the fleet keeps its roles, and another begins
-with a look. Two of them cannot break a switch (an instance takes one at a time, and only for the epoch that was seen),
-but together they may bring a pool below its floor, so run one, or several with a Lease.
+with a look. What it remembers are roles of instances that are restarted meanwhile (`former.py`). Two of them cannot
+break a switch (an instance takes one at a time, and only for the epoch that was seen), but together they may bring a
+pool below its floor, so run one, or several with a Lease.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Controller:
         self._count("vllm_suite_roles_looks_total", "partial" if troubles else "ok")
         now = self._clock()
         self._rule.see(fleet, now)
+        self._decider.see(fleet, now)
         self._gauges(fleet)
         if troubles:
             # One that cannot be asked may be switching just now, or be the last of its pool.
@@ -154,6 +156,8 @@ class Controller:
             if outcome in ("begun", "no_answer"):
                 # One that gave no answer may have begun; the pause holds for it too.
                 self._decider.begun(move, self._clock())
+            else:
+                self._decider.refused(move)
             level = logging.INFO if outcome == "begun" else logging.WARNING
             _log.log(level, "switch %s: %s %s", what, outcome, answer.get("error") or "")
         self._series["vllm_suite_roles_moves_total"].labels(move.instance.role, move.target, move.why, outcome).inc()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from vllm_suite.identity import Role
 from vllm_suite.roles.config import RolesSpec
+from vllm_suite.roles.former import Former
 from vllm_suite.roles.rules import Policy, Stage, Switch
 from vllm_suite.roles.seen import Seen
 
@@ -20,11 +21,11 @@ Held = Literal["switching", "rule", "queue", "floor", "agree", "hold", "nobody"]
 
 @dataclass(frozen=True)
 class Move:
-    """Make `instance` a `target`. `why` is `start` or `rule`."""
+    """Make `instance` a `target`: it had that role before it was restarted (`again`), or as `start` or a rule say."""
 
     instance: Seen
     target: Role
-    why: Literal["start", "rule"]
+    why: Literal["again", "start", "rule"]
 
 
 class Decider:
@@ -37,8 +38,13 @@ class Decider:
         self._times = 0
         self._last: Switch | None = None
         self._last_at = float("-inf")
-        self._given: dict[str, float] = {}  # when an instance was last asked to take a role at the start
+        self._given: dict[str, float] = {}  # when an instance without a role was last asked to take one
+        self._former = Former()
         self.held: Held | None = None
+
+    def see(self, fleet: Sequence[Seen], now: float) -> None:
+        """A look, before any question; those that show a part of the fleet too."""
+        self._former.see(fleet, now)
 
     def decide(self, fleet: Sequence[Seen], now: float) -> Move | None:
         """The switch to make now; `held` says why there is none."""
@@ -48,7 +54,9 @@ class Decider:
             self.held = "switching"
         else:
             able = [one for one in fleet if one.ready and one.phase == "serving"]
-            move = self._start(able, now) or self._by_rule(able, now)
+            # One that went back to `any` would fail again: each attempt closes it for as long as its requests take.
+            self._given = {name: at for name, at in self._given.items() if now - at < self._spec.hold}
+            move = self._again(able) or self._start(able) or self._by_rule(able, now)
         return move
 
     def begun(self, move: Move, now: float) -> None:
@@ -56,30 +64,49 @@ class Decider:
         self._asked, self._times = None, 0
         if move.why == "rule":
             self._last = Switch(move.instance.role, move.target)
+            # Made without those that are away: what they did before may be what there is enough of now.
+            self._former.clear()
         else:
             self._given[move.instance.instance_id] = now
+            self._former.forget(move.instance)
         self._last_at = now
+
+    def refused(self, move: Move) -> None:
+        """The instance has not begun it. A former role is asked for once."""
+        if move.why == "again":
+            self._former.forget(move.instance)
 
     def took_over(self, now: float) -> None:
         """From another controller, which may have made a switch just now."""
         self._asked, self._times, self._last_at = None, 0, now
+        self._former.clear()
 
-    def _start(self, able: Sequence[Seen], now: float) -> Move | None:
-        # One that went back to `any` would fail again: each attempt closes it for as long as its requests take.
-        self._given = {name: at for name, at in self._given.items() if now - at < self._spec.hold}
+    def _again(self, able: Sequence[Seen]) -> Move | None:
+        start, floor = self._spec.start, self._spec.floor
+        low = {role for role in ROLES if _count(able, role) < min(start.of(role), floor.of(role))}
+        for one in self._free(able):
+            role = self._former.of(one)
+            # What another role lacks comes first: `start` gives it.
+            if role in one.can and not low - {role} and (role == "decode" or _takes_whole(able) > 1):
+                return Move(one, role, "again")
+        return None
+
+    def _start(self, able: Sequence[Seen]) -> Move | None:
         for role in ("prefill", "decode", "encode"):
-            if sum(one.role == role for one in able) >= self._spec.start.of(role):
+            if _count(able, role) >= self._spec.start.of(role):
                 continue
-            free = [o for o in able if o.role == "any" and role in o.can and o.instance_id not in self._given]
+            free = [one for one in self._free(able) if role in one.can]
             # Until decode has its own, somebody has to take whole requests.
-            others = sum(one.role in ("any", "decode") for one in able)
-            if free and (role == "decode" or others > 1):
+            if free and (role == "decode" or _takes_whole(able) > 1):
                 return Move(free[0], role, "start")
         return None
 
+    def _free(self, able: Sequence[Seen]) -> list[Seen]:
+        return [one for one in able if one.role == "any" and one.instance_id not in self._given]
+
     def _by_rule(self, able: Sequence[Seen], now: float) -> Move | None:
         # Encoding is a stage of its own only where somebody does nothing else; else those of role `any` do it.
-        stages = [self._stage(role, able) for role in ROLES if role != "encode" or _has_role(able, role)]
+        stages = [self._stage(role, able) for role in ROLES if role != "encode" or _count(able, role)]
         switch = self._rule(stages, now)
         if switch is None:
             return self._hold("rule")
@@ -119,5 +146,9 @@ class Decider:
         return Stage(role, sum(one.queue for one in pool), sum(one.running for one in pool), len(pool))
 
 
-def _has_role(able: Sequence[Seen], role: Role) -> bool:
-    return any(one.role == role for one in able)
+def _count(able: Sequence[Seen], role: Role) -> int:
+    return sum(one.role == role for one in able)
+
+
+def _takes_whole(able: Sequence[Seen]) -> int:
+    return _count(able, "any") + _count(able, "decode")

@@ -26,7 +26,7 @@ class Fleet:
         self.seen.append(replace(one, instance_id="d0", role="decode", queue=20))
         self.troubles: list[str] = []
         self.asked: list[tuple[str, str, bool]] = []
-        self.answers = True
+        self.answers, self.outcome = True, "begun"
         self.now = 0.0
         self.look_takes = 0.0
         monkeypatch.setattr(module, "look", self.look)
@@ -43,7 +43,7 @@ class Fleet:
         self.asked.append((one.instance_id, target, give_back))
         if not self.answers:
             raise NoAnswer("no answer")
-        return {"outcome": "begun"}
+        return {"outcome": self.outcome}
 
     async def once(self) -> Any:
         return await self.controller.once(None)  # type: ignore[arg-type]
@@ -100,6 +100,17 @@ async def test_a_look_that_takes_long_uses_up_the_lease(monkeypatch: pytest.Monk
     assert fleet.count("vllm_suite_roles_looks_total", {"outcome": "no_api"}) == 1
     lease.until = fleet.now + SURE_S + 10
     assert await fleet.once() is not None
+
+
+async def test_a_former_role_that_is_refused_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch)
+    fleet.seen = [*fleet.seen[:2], replace(fleet.seen[3], queue=0)]
+    assert await fleet.once() is None
+    fleet.seen[0] = replace(fleet.seen[0], role="any", epoch="f")
+    fleet.outcome = "refused"
+    assert await fleet.once() is not None
+    assert await fleet.once() is None
+    assert fleet.asked == [("p0", "prefill", True)]
 
 
 @pytest.mark.parametrize("another", [True, False])

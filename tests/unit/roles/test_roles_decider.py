@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -99,6 +101,95 @@ def test_one_that_went_back_is_not_asked_again_at_once() -> None:
             asked.append((at, move.instance.instance_id))
             one.begun(move, float(at))
     assert asked == [(0, "i0"), (5, "i1"), (30, "i0"), (35, "i1"), (60, "i0"), (65, "i1")]
+
+
+def restarted(one: Seen, **over: object) -> Seen:
+    return replace(one, epoch=one.epoch + "+", role="any", role_epoch=0, **over)  # type: ignore[arg-type]
+
+
+def test_one_that_was_restarted_gets_its_role_again_once() -> None:
+    one = decider(start={"prefill": 1, "decode": 3}, hold=30)
+    now = [seen("i0", "prefill"), seen("i1", "prefill"), seen("i2", "decode"), seen("i3", "decode")]
+    one.see(now, 0.0)
+    assert one.decide(now, 0.0) is None
+    # While it is away, and while it is not ready, nothing is known of it but what it was.
+    one.see(now[1:], 1.0)
+    now[0] = restarted(now[0], ready=False)
+    one.see(now, 2.0)
+    assert one.decide(now, 2.0) is None
+    now[0] = replace(now[0], ready=True)
+    one.see(now, 3.0)
+    move = one.decide(now, 3.0)
+    # `start` alone would have made it the third that decodes.
+    assert move is not None
+    assert (move.instance.instance_id, move.target, move.why) == ("i0", "prefill", "again")
+    one.begun(move, 3.0)
+    one.see(now, 4.0)
+    assert one.decide(now, 4.0) is None
+    # It went back to `any`: from here on it is one without a role.
+    one.see(now, 40.0)
+    late = one.decide(now, 40.0)
+    assert late is not None
+    assert (late.target, late.why) == ("decode", "start")
+
+
+def _by_hand(one: Decider, now: list[Seen]) -> None:
+    one.see([replace(now[0], role="any", role_epoch=1), *now[1:]], 1.0)
+
+
+def _rule(one: Decider, now: list[Seen]) -> None:
+    one.see(now[1:], 1.0)
+    one.begun(Move(now[1], "prefill", "rule"), 1.0)
+    one.see(now[1:], 1.0)
+
+
+def _refused(one: Decider, now: list[Seen]) -> None:
+    one.refused(Move(now[0], "prefill", "again"))
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "at"),
+    [
+        (_by_hand, 2.0),
+        (_rule, 2.0),
+        (_refused, 2.0),
+        (lambda one, now: one.took_over(1.0), 2.0),
+        (lambda one, now: one.see(now[1:], 1.0), 3601.0),
+    ],
+    ids=["made any by hand", "a switch by the rule without it", "it refused", "another led", "away for an hour"],
+)
+def test_a_former_role_that_is_out_of_date(meanwhile: Callable[[Decider, list[Seen]], None], at: float) -> None:
+    one, now = decider(), [seen("i0", "prefill"), seen("i1", "decode"), seen("i2", "decode")]
+    one.see(now, 0.0)
+    again = [restarted(now[0]), *now[1:]]
+    known = copy.deepcopy(one)
+    meanwhile(one, now)
+    for each, wanted in ((known, Move(again[0], "prefill", "again")), (one, None)):
+        when = at if each is one else 2.0
+        each.see(again, when)
+        assert each.decide(again, when) == wanted
+
+
+@pytest.mark.parametrize(
+    ("now", "over", "wanted"),
+    [
+        (["decode", "decode", "prefill"], {}, "decode again"),
+        (["decode", "decode"], {}, "decode again"),
+        # A role below its floor comes first, where the start is to have it.
+        (["decode", "decode"], {"start": {"prefill": 1}}, "prefill start"),
+        # The last that takes whole requests does not prefill.
+        (["prefill", "prefill"], {}, None),
+        (["prefill", "any"], {}, "prefill again"),
+        (["encode", "decode"], {}, None),  # it cannot any more
+    ],
+)
+def test_a_former_role_within_what_a_fleet_needs(now: list[str], over: dict[str, object], wanted: str | None) -> None:
+    one, fleet = decider(**over), [seen(f"i{i}", role) for i, role in enumerate(now)]
+    one.see(fleet, 0.0)
+    fleet[0] = restarted(fleet[0])
+    one.see(fleet, 1.0)
+    move = one.decide(fleet, 1.0)
+    assert (f"{move.target} {move.why}" if move else None) == wanted
 
 
 def test_a_goodput_rule_weighs_the_gain_against_the_cost() -> None:

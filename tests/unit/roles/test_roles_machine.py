@@ -96,6 +96,7 @@ class Instance:
     life: int = 0
     serving_at: float = 0.0
     entered: float = 0.0  # when its phase began
+    had: set[Role] = field(default_factory=set)  # in any life
 
 
 @dataclass
@@ -108,6 +109,7 @@ class Controller:
     leads: bool = False
     look: tuple[float, int, list[Seen]] | None = None
     request: tuple[float, int, Move] | None = None
+    asked: set[tuple[int, int]] = field(default_factory=set)  # instances and lives, for a former role
 
 
 class Fleet(RuleBasedStateMachine):
@@ -137,6 +139,7 @@ class Fleet(RuleBasedStateMachine):
 
     def _becomes(self, one: Instance, state: RoleState) -> None:
         before, one.state = one.state, state
+        one.had |= {before.role, state.role}
         self.losses += before.phase != state.phase == "out"
         if (before.phase, before.attempt) != (state.phase, state.attempt):
             one.entered = self.now
@@ -211,6 +214,7 @@ class Fleet(RuleBasedStateMachine):
     def an_instance_is_restarted(self, i: int) -> None:
         one = self.instances[i]
         self.losses += 1
+        one.had.add(one.state.role)
         one.state, one.life = RoleState("any"), one.life + 1
 
     @rule(c=st.integers(0, 1))
@@ -237,6 +241,7 @@ class Fleet(RuleBasedStateMachine):
         if one.look is None or one.request is not None:
             return
         (_, losses, fleet), one.look = one.look, None
+        one.decider.see(fleet, self.now)
         move = one.decider.decide(fleet, self.now)
         if move is not None and one.lease.left() >= SURE_S:
             one.request = (self.now, losses, move)
@@ -249,6 +254,11 @@ class Fleet(RuleBasedStateMachine):
         _, losses, move = one.request
         index = int(move.instance.instance_id)
         instance = self.instances[index]
+        if move.why == "again":
+            assert move.target in instance.had
+            if not lost:
+                assert (index, int(move.instance.epoch)) not in one.asked, "a former role is asked for once"
+                one.asked.add((index, int(move.instance.epoch)))
         if move.instance.epoch == str(instance.life):
             try:
                 begun = begin(instance.state, move.target, move.instance.role_epoch, self.now, LIMITS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -199,6 +199,30 @@ async def test_a_switch_that_fails_is_tried_again_and_leaves_no_hole(changing, s
             await asyncio.gather(*(made.switcher.settled() for made in fleet))
     assert [made.switcher.state.role for made in fleet] == ["prefill", "prefill", "decode"]
     assert {made.switcher.state.phase for made in fleet} == {"serving"}
+
+
+async def test_one_that_crashed_gets_the_role_that_somebody_had_given_it(changing, serve):
+    fleet = [await changing("any"), await changing("decode"), await changing("decode")]
+    router = await serve(fleet, auth=AUTH)
+    one, registry = controller(router, spec={"start": {"decode": 3}, "hold": 60})
+    fleet[0].switcher.begin("prefill", 0)
+    async with aiohttp.ClientSession() as session:
+
+        async def until(true: Callable[[], bool]) -> None:
+            async with asyncio.timeout(60):
+                while not true():
+                    await one.once(session)
+                    await asyncio.sleep(0.02)
+
+        await until(lambda: registry.get_sample_value("vllm_suite_roles_instances", {"role": "prefill"}) == 1)
+        # Another life at the same address.
+        fleet[0].switcher.close()
+        fleet[0].epoch, fleet[0].role = "another", "any"
+        fleet[0].__post_init__()
+        await until(lambda: fleet[0].switcher.state.phase == "serving" and fleet[0].switcher.state.epoch == 1)
+    assert fleet[0].switcher.state.role == "prefill"
+    labels = {"source": "any", "target": "prefill", "why": "again", "outcome": "begun"}
+    assert registry.get_sample_value("vllm_suite_roles_moves_total", labels) == 1
 
 
 async def test_the_command_line(changing, serve, monkeypatch, capsys):
