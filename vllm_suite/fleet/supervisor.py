@@ -183,8 +183,7 @@ class Supervisor:
         self._change(process, "failed", problem)
         if not first.done():
             first.set_exception(StartFailed(f"{process.name}: {problem}"))
-        elif not self._can_serve():
-            self.broken.set()
+        self._give_up_where_nothing_serves()
 
     async def _keep(self, process: FleetProcess, first: asyncio.Future[None]) -> None:
         """Start, watch and restart one process until the fleet stops."""
@@ -209,11 +208,12 @@ class Supervisor:
                 # A first start that fails is a wrong setting far more often than bad luck.
                 self._change(process, "failed", problem)
                 first.set_exception(StartFailed(process.problem))
+                # Asked for by `renew`, the others may have failed while it started.
+                self._give_up_where_nothing_serves()
                 return
             if first.cancelled() or not policy.enabled or in_a_row >= policy.max_restarts:
                 self._change(process, "failed", problem)
-                if not self._can_serve():
-                    self.broken.set()
+                self._give_up_where_nothing_serves()
                 return
             delay = policy.delay_s(in_a_row)
             in_a_row += 1
@@ -251,6 +251,10 @@ class Supervisor:
         routers = [not self._down(p) for p in self.processes if p.launch.role == "router"]
         decoders = [not self._down(p) for p in self.processes if p.launch.role in ("decode", "any")]
         return all(routers) and (any(decoders) or not decoders)
+
+    def _give_up_where_nothing_serves(self) -> None:
+        if not self._can_serve():
+            self.broken.set()
 
     def _change(self, process: FleetProcess, state: State, why: str) -> None:
         process.state = state

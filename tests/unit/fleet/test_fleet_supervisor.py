@@ -160,6 +160,31 @@ async def test_a_fleet_with_an_instance_left_goes_on(tmp_path: Path) -> None:
         await asyncio.wait_for(supervisor.broken.wait(), 1)
 
 
+async def test_the_last_one_may_fail_while_another_is_started_anew(tmp_path: Path) -> None:
+    """One that had failed and was asked for again; when that fails too, nothing is left to wait for."""
+    port, log = free_ports(2), Log()
+    launches = [server(tmp_path, port, name="one"), server(tmp_path, port + 1, name="two")]
+    settings = local(tmp_path, restart={"enabled": False})
+    async with Supervisor(launches, settings, log) as supervisor:
+        await supervisor.start()
+        one = supervisor.find("one")
+        answers(port, "/exit?3")
+        await log.until("one failed")
+        one.launch = server(tmp_path, port, "never", "one")
+        renewing = asyncio.create_task(supervisor.renew(one))
+        await log.until("one starting", count=2)
+        answers(port + 1, "/exit?3")
+        await log.until("two failed")
+        assert not supervisor.broken.is_set()
+        async with asyncio.timeout(10):
+            while not one.pids():
+                await asyncio.sleep(0.02)
+        os.kill(one.pids()[0], signal.SIGKILL)
+        with pytest.raises(StartFailed, match="ended with status 137 before it was ready"):
+            await renewing
+        await asyncio.wait_for(supervisor.broken.wait(), 1)
+
+
 @pytest.mark.parametrize("mode", ["never", "deaf"])
 async def test_a_stop_during_the_start_is_quick_and_leaves_nothing(tmp_path: Path, mode: str) -> None:
     supervisor = Supervisor([server(tmp_path, free_ports(1), mode)], local(tmp_path, stop_timeout="60s"))
