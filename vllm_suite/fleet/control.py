@@ -45,14 +45,20 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
+        """Raises OSError where the folder takes no socket."""
         self._descriptor = os.open(self._folder, os.O_PATH | os.O_DIRECTORY)
-        path = _path(self._descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # of an `up` that was killed
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listening.bind(path)
-        os.chmod(path, 0o600)  # nobody can connect before it listens
-        self._server = await asyncio.start_unix_server(self._connected, sock=listening, limit=_LONGEST)
+        try:
+            path = _path(self._descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # of an `up` that was killed
+            listening.bind(path)
+            os.chmod(path, 0o600)  # nobody can connect before it listens
+            self._server = await asyncio.start_unix_server(self._connected, sock=listening, limit=_LONGEST)
+        except BaseException:
+            listening.close()
+            os.close(self._descriptor)
+            raise
         return self
 
     async def __aexit__(

@@ -9,7 +9,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ async def _run(spec: FleetSpec, json_file: Path | None) -> int:
                 if json_file is not None:
                     _write_json(json_file, [process.launch for process in supervisor.processes])
                 broken = asyncio.create_task(supervisor.broken.wait())
-                async with Control(spec.local.log_dir, functools.partial(_restart, supervisor)):
+                async with orders(supervisor, console.say):
                     await asyncio.wait([stopping, broken], return_when=asyncio.FIRST_COMPLETED)
                 broken.cancel()
             else:
@@ -106,6 +106,18 @@ async def _run(spec: FleetSpec, json_file: Path | None) -> int:
         stopping.cancel()
         console.say("stopped; nothing is left running")
     return 1 if supervisor.broken.is_set() else 0
+
+
+@contextlib.asynccontextmanager
+async def orders(supervisor: Supervisor, say: Callable[[str], None]) -> AsyncIterator[None]:
+    """Take orders at the control socket. Not every file system has sockets; without one the fleet serves as well."""
+    folder = supervisor.local.log_dir
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(Control(folder, functools.partial(_restart, supervisor)))
+        except OSError as error:
+            say(f"no socket in {folder}, so `vllm-suite restart` does not reach this fleet: {error.strerror or error}")
+        yield
 
 
 async def _restart(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import socket
@@ -28,7 +27,7 @@ from vllm_suite.fleet.process import FleetProcess
 from vllm_suite.fleet.restart import alone
 from vllm_suite.fleet.state_file import write_atomically
 from vllm_suite.fleet.supervisor import Supervisor
-from vllm_suite.fleet.up import _restart
+from vllm_suite.fleet.up import orders
 
 POOLS: dict[str, Any] = {"prefill": {"replicas": 1}, "decode": {"replicas": 2}}
 
@@ -95,7 +94,7 @@ async def fleet(folder: Path, pools: dict[str, Any]) -> AsyncIterator[Running]:
     launches.append(plan_router(spec, launches))
     async with Supervisor(launches, settings, changed) as supervisor, aiohttp.ClientSession() as client:
         await supervisor.start()
-        async with Control(folder, functools.partial(_restart, supervisor)):
+        async with orders(supervisor, lines.append):
             yield Running(supervisor, folder, client, lines)
 
 
@@ -259,6 +258,17 @@ async def test_orders_that_make_no_sense(tmp_path: Path, capsys: pytest.CaptureF
     assert await running.order("--all") == 1
     assert "no running fleet in" in capsys.readouterr().err
     assert await asyncio.to_thread(main, ["restart", "--all", "--log-dir", str(tmp_path / "none")]) == 1
+
+
+async def test_a_folder_that_takes_no_socket_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / SOCKET_FILE).mkdir()
+    lines: list[str] = []
+    files = len(os.listdir("/proc/self/fd"))
+    async with orders(Supervisor([], local(tmp_path)), lines.append):
+        assert "`vllm-suite restart` does not reach this fleet: Is a directory" in lines[0]
+        assert len(os.listdir("/proc/self/fd")) == files
+        assert await asyncio.to_thread(main, ["restart", "--all", "--log-dir", str(tmp_path)]) == 1
+    assert "no running fleet in" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
