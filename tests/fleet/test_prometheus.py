@@ -34,7 +34,6 @@ ELSEWHERE = {
 }
 # Series by dashboard that this fleet has none of.
 NOT_SEEN = {
-    "overview": {"vllm_suite_router_stream_errors_total": "no answer broke off after its first byte"},
     "disagg": {"vllm_suite_kv_contained_faults_total": "no transfer failed in a way that would have ended an engine"},
     "roles": {
         "vllm_suite_roles_moves_total": "there is no pool `any`; test_roles_flip.py has one",

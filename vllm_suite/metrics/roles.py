@@ -9,6 +9,17 @@ TARGET = one_of("target", "encode", "prefill", "decode", "any")
 ROLE = one_of("role", "encode", "prefill", "decode", "any")
 PHASE = one_of("phase", "closing", "drained", "switching", "verified", "restoring")
 
+_ANSWER = one_of("outcome", "begun", "noop", "refused", "no_answer", "dry_run")
+_WHY = one_of("why", "again", "start", "rule")
+# After a start an instance of role `any` gets one; the rule takes those, or one of another role.
+_MOVES = tuple(
+    (source, target, why)
+    for why in _WHY.values
+    for source in SOURCE.values
+    for target in TARGET.values
+    if target not in ("any", source) and (why == "rule" or source == "any")
+)
+
 # Exported by an instance's API server. Roles, outcomes and phases are those of `vllm_suite.roles.state`.
 ROLES: tuple[SeriesSpec, ...] = (
     SeriesSpec(
@@ -64,8 +75,9 @@ CONTROLLER: tuple[SeriesSpec, ...] = (
         (
             SOURCE,
             TARGET,
-            one_of("why", "again", "start", "rule"),
-            one_of("outcome", "begun", "noop", "refused", "no_answer", "dry_run"),
+            _WHY,
+            _ANSWER,
         ),
+        known=tuple((*move, outcome) for move in _MOVES for outcome in _ANSWER.values),
     ),
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import product
+
 from vllm_suite.metrics.table import Label, SeriesSpec, one_of, within
 
 PREFIX = "vllm_suite_router_"
@@ -33,6 +36,15 @@ _WHOLE = (
     "prefill", "disabled", "short", "no_prefill", "cached", "unparsed", "malformed", "prompt_embeds", "batch",
     "several_sequences", "beam_search", "prompt_output", "output_limit", "reference_given", "other_version",
 )  # fmt: skip
+_MEDIA = (
+    "ambiguous", "bad_base64", "bad_redirect", "bad_url", "broken", "empty", "fetch_failed", "fetch_timeout",
+    "forbidden_address", "item_too_large", "malformed", "no_pixels", "not_json", "rejected", "request_too_large",
+    "too_many_items", "too_many_pixels", "unavailable", "unencoded", "unsupported", "url_disabled", "wrong_type",
+)  # fmt: skip
+_REJECTED = (
+    "unauthorized", "draining", "outstanding", "body_too_large", "bad_body", "bad_http",
+    *(f"media_{reason}" for reason in _MEDIA),
+)  # fmt: skip
 _EVENTS = (
     "admitted", "discovery_failed", "duplicate", "forgotten", "refused", "restarted", "suspect", "switched",
     "unreachable",
@@ -41,10 +53,41 @@ _STEPS = (
     "prefill_retry", "prefill_rejected", "decode_alone", "decode_retry", "reference_dropped", "error", "media_sent",
     "encode_local", "encode_retry", "encode_split",
 )  # fmt: skip
+# Of these kinds each stage can have a part.
+_CALL = ("auth", "connect", "disconnect", "engine_dead", "protocol", "role", "status")
+_PREFILL = (*_CALL, "prefill", "total")
+_DECODE = (*_CALL, "first_byte", "total")
+_ENCODE = (
+    "connect", "disconnect", "no_reference", "not_kept", "not_sliced", "protocol", "role", "status", "timeout",
+    "wrong_reference",
+)  # fmt: skip
+_FAILED = (
+    *(("prefill", kind) for kind in _PREFILL),
+    *(("decode", kind) for kind in _DECODE),
+    *(("encode", kind) for kind in (*_ENCODE, "queue", "rejected")),
+)
+_RECOVERED = (
+    *(("prefill_retry", kind) for kind in _PREFILL),
+    ("prefill_rejected", "status"),
+    *(("decode_alone", kind) for kind in (*_PREFILL, "no_instance", "no_reference")),
+    *(("decode_retry", kind) for kind in _DECODE if kind != "total"),
+    *(("reference_dropped", kind) for kind in _DECODE if kind not in ("connect", "role", "total")),
+    ("reference_dropped", "other_version"),
+    *(("error", kind) for kind in (*_DECODE, "no_instance", "prefill")),
+    ("media_sent", "status"),
+    *(("encode_local", kind) for kind in (*_ENCODE, "cut_off", "no_encoder", "queue", "wrong_slices")),
+    *(("encode_retry", kind) for kind in _ENCODE),
+    ("encode_split", "rejected"),
+)
+_CUT = ("client", "disconnect", "engine_dead", "idle", "protocol", "status", "total")
+_DECIDED = (("disaggregated", "prefill"), *(("direct", reason) for reason in _WHOLE if reason != "prefill"))
+# Codes of the router itself and of vLLM.
+_CODES = ("200", "400", "401", "404", "408", "413", "429", "499", "500", "502", "503", "504")
+_ENDPOINT = one_of("endpoint", "completions", "chat")
 
 
-def _counter(name: str, text: str, *labels: Label) -> SeriesSpec:
-    return SeriesSpec(f"{PREFIX}{name}_total", "counter", text, labels)
+def _counter(name: str, text: str, *labels: Label, known: Iterable[tuple[str, ...]] = ()) -> SeriesSpec:
+    return SeriesSpec(f"{PREFIX}{name}_total", "counter", text, labels, known=tuple(known))
 
 
 def _gauge(name: str, text: str, *labels: Label) -> SeriesSpec:
@@ -59,29 +102,38 @@ ROUTER: tuple[SeriesSpec, ...] = (
     _counter(
         "requests",
         "Requests answered, by status code.",
-        one_of("endpoint", "completions", "chat"),
+        _ENDPOINT,
         within("code", "HTTP status codes; 499: the client left"),
+        known=product(_ENDPOINT.values, _CODES),
     ),
-    _counter("decisions", "Whether prefill ran on another instance, and why.", _PATH, one_of("reason", *_WHOLE)),
+    _counter(
+        "decisions",
+        "Whether prefill ran on another instance, and why.",
+        _PATH,
+        one_of("reason", *_WHOLE),
+        known=_DECIDED,
+    ),
     _counter("picks", "Instances chosen.", _STAGE, _INSTANCE),
     _counter(
         "recoveries",
         "Steps taken after a failure.",
         one_of("step", *_STEPS),
         one_of("reason", *_KINDS, "other_version"),
+        known=_RECOVERED,
     ),
-    _counter("upstream_errors", "Failed attempts on instances.", _STAGE, _KIND),
+    _counter("upstream_errors", "Failed attempts on instances.", _STAGE, _KIND, known=_FAILED),
     _counter("timeouts", "Deadlines passed.", _TIMED),
-    _counter("stream_errors", "Answers that broke off after their first byte.", one_of("reason", *_KINDS)),
+    _counter(
+        "stream_errors",
+        "Answers that broke off after their first byte.",
+        one_of("reason", *_KINDS),
+        known=((kind,) for kind in _CUT),
+    ),
     _counter("client_disconnects", "Clients that left before the end.", _WHILE),
     _counter(
         "rejected",
         "Requests refused by the router itself.",
-        within(
-            "reason",
-            "unauthorized, draining, outstanding, body_too_large, bad_body, bad_http, and `media_` with a reason of "
-            "the encode stage",
-        ),
+        one_of("reason", *_REJECTED),
     ),
     _counter(
         "stripped",
@@ -132,7 +184,7 @@ ROUTER: tuple[SeriesSpec, ...] = (
     _counter(
         "encode_probes",
         "Questions to producers whether they still keep items.",
-        within("outcome", "answered, resting, and how a question failed"),
+        one_of("outcome", "answered", "resting", "timeout", "disconnect", "protocol"),
     ),
     _counter(
         "trace_spans",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Literal, NamedTuple
 
 
@@ -38,6 +39,8 @@ class SeriesSpec(NamedTuple):
         name: as scraped; counters end in ``_total``.
         labels: own labels; those of the exporting process (`Group.common`) come before them.
         buckets: upper bounds, for histograms.
+        known: label values that a process can count, where those are fewer than `labels` allow together, or are known
+            although a label has no closed set.
     """
 
     name: str
@@ -45,6 +48,14 @@ class SeriesSpec(NamedTuple):
     help: str
     labels: tuple[Label, ...] = ()
     buckets: tuple[float, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
+
+    def from_start(self) -> tuple[tuple[str, ...], ...]:
+        """Label values of the series that a counter begins with, at 0; none where a label has no closed set.
+
+        Of a series that appears with its first count Prometheus sees no increase.
+        """
+        return self.known or tuple(product(*(label.values for label in self.labels)))
 
     @property
     def unit(self) -> str:

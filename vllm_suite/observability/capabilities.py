@@ -135,12 +135,12 @@ ROLES = Dashboard(
         Panel("Requests that wait", (Query(greatest(f"{CONTROL}_queue", "role"), "{{role}}"),)),
         Panel("Instances left out", (Query(greatest(f"{CONTROL}_out"), "out"),)),
         rates("Looks of the controller", f"{CONTROL}_looks_total", "outcome"),
-        # Rare, so each may be a series' first count, of which a rate shows nothing.
+        # Rare, so a rate shows little. Most of these never happen.
         Panel(
             "Switches asked for, since the controller began",
             (
                 Query(
-                    total(f"{CONTROL}_moves_total", "source, target, why, outcome"),
+                    total(f"{CONTROL}_moves_total", "source, target, why, outcome") + " > 0",
                     "{{source}} to {{target}}, {{why}}: {{outcome}}",
                 ),
             ),

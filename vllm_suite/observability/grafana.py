@@ -112,7 +112,17 @@ def _panel(panel: Panel, index: int) -> dict[str, Any]:
             "defaults": {"unit": panel.unit, "custom": custom if panel.kind == "timeseries" else {}},
             "overrides": [],
         },
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}}
+        # Many series are 0 from the start: those that moved come first.
+        "options": {
+            "legend": {
+                "displayMode": "table",
+                "placement": "bottom",
+                "calcs": ["max"],
+                "sortBy": "Max",
+                "sortDesc": True,
+            },
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        }
         if panel.kind == "timeseries"
         else {"reduceOptions": {"calcs": ["lastNotNull"]}},
         "targets": [

@@ -67,6 +67,7 @@ class Controller:
         self._rule = rule or Follow()
         self._decider = Decider(spec, self._rule)
         self._series = _make(registry)
+        self._start_at_zero()
         self._troubles: set[str] = set()
 
     async def run(self, session: aiohttp.ClientSession) -> None:
@@ -172,6 +173,16 @@ class Controller:
     def _foreseen(self) -> None:
         for name, value in self._rule.figures().items():
             self._series[f"vllm_suite_roles_{name}"].set(value)
+
+    def _start_at_zero(self) -> None:
+        # Of what appears with its first count Prometheus sees no increase.
+        for spec in SPECS:
+            for values in spec.from_start() if spec.kind == "counter" else ():
+                if spec.name == "vllm_suite_roles_moves_total" and self._dry_run != (values[-1] == "dry_run"):
+                    continue
+                if spec.name == "vllm_suite_roles_scalings_total" and self._scaling is None:
+                    continue
+                self._series[spec.name].labels(*values)
 
     def _count(self, name: str, *labels: str) -> None:
         self._series[name].labels(*labels).inc()

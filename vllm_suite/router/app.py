@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import msgspec
@@ -64,6 +64,7 @@ class Router:
         self.live = Live(config.disaggregation.min_prompt_tokens, config.disaggregation.bytes_per_token)
         targets = Targets.of(config)
         self.metrics = RouterMetrics(self.pool, self.live, targets)
+        self.metrics.start_at_zero(but=_not_counted(config))
         self._times = Times(targets, self.pool, self.metrics)
         self.watchdog = Watchdog()
         self._membership: Membership | None = None
@@ -272,6 +273,14 @@ class Router:
         if request.path in _PATHS:
             return error_response(405, "Method Not Allowed")
         return error_response(404, "Not Found")
+
+
+def _not_counted(config: RouterConfig) -> Iterator[str]:
+    """Counters, as `RouterMetrics` names them, of what is switched off."""
+    if not config.lengths.learn:
+        yield from ("lengths", "length_state")
+    if config.tracing is None:
+        yield "trace_spans"
 
 
 ROUTER = web.AppKey("router", Router)

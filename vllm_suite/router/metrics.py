@@ -77,9 +77,26 @@ class RouterMetrics(Collector):
             self._bounds[which] = tuple(sorted({*self._bounds[which], *self._targets.bounds_s(name)}))
         self._counts: dict[tuple[str, ...], int] = {}
         self._observed: dict[tuple[str, ...], _Observed] = {}
+        self._later: list[tuple[str, ...]] = []
         self.encode_rate = Rate()
         self.recent = Recent()
         self.registry.register(self)
+
+    def start_at_zero(self, but: Iterable[str] = ()) -> None:
+        """Export the counters whose labels have closed sets, except those named: Prometheus misses no first count.
+
+        Those of media wait for the first instance that makes or takes encoded items.
+        """
+        off = set(but)
+        for name, spec in _COUNTERS.items():
+            for values in spec.from_start():
+                key = (name, *values)
+                if name in off:
+                    continue
+                if any(word.startswith(("encode", "media")) for word in key):
+                    self._later.append(key)
+                else:
+                    self._counts.setdefault(key, 0)
 
     def count(self, *key: str) -> None:
         """Add one to a counter: its name without prefix and ``_total``, then labels in the table's order."""
@@ -106,6 +123,9 @@ class RouterMetrics(Collector):
         """Count a change of membership, and drop the counts of instances that are gone."""
         self.count("membership_events", event)
         self.recent.note("membership", event, "", instance)
+        if event == "admitted" and any(one.makes_items or one.takes_items for one in self._pool.members):
+            while self._later:
+                self._counts.setdefault(self._later.pop(), 0)
         if event == "forgotten":
             known = {member.instance_id for member in self._pool.members}
             for key in [key for key in self._counts if key[0] == "picks" and key[2] not in known]:

@@ -51,6 +51,17 @@ def test_every_label_says_what_it_can_hold() -> None:
             assert len(label.values) == len(set(label.values)), (spec.name, label)
 
 
+def test_counters_begin_with_values_that_their_labels_can_hold() -> None:
+    for _, spec in SPECS:
+        began = spec.from_start()
+        assert len(began) == len(set(began)), spec.name
+        for values in began:
+            for label, value in zip(spec.labels, values, strict=True):
+                assert not label.values or value in label.values, (spec.name, label, value)
+        closed = all(label.values for label in spec.labels)
+        assert not (closed and spec.kind == "counter") or began, spec.name
+
+
 def test_every_series_is_written_by_somebody() -> None:
     """By a name that stands in the code outside the table, whole or without its group's prefix."""
     written = "\n".join(path.read_text() for path in SOURCES if "metrics" not in path.parent.parts)

@@ -169,6 +169,9 @@ FAULTS: dict[str, tuple[dict[str, str | None], dict[str, str]]] = {
     "VllmSuiteControllerAbsent": ({f'vllm_suite_roles_looks_total{{{ON},outcome="ok"}}': None}, {}),
 }
 
+# Values of looks by outcome, as the controller exports them from its start.
+BLIND = {"ok": "x370", "partial": "+30x370"}
+
 
 def case(name: str, changes: dict[str, str | None], firing: list[dict[str, str]], minutes: int = 50) -> dict[str, Any]:
     """A promtool test of the last of some minutes: the alerts that fire, and that no other does."""
@@ -208,6 +211,10 @@ def test_every_alert_fires_in_its_fault_and_no_other_does(tmp_path: Path) -> Non
     cases = [case("quiet", {}, [])]
     for name, (changes, labels) in FAULTS.items():
         cases.append(case(name, changes, [{"alertname": name, "severity": severity(name), **labels}]))
+    # A controller that has never seen the whole fleet is no better than one that is away.
+    blind = {f'vllm_suite_roles_looks_total{{{ON},outcome="{one}"}}': f"0{n}" for one, n in BLIND.items()}
+    absent = {"alertname": "VllmSuiteControllerAbsent", "severity": severity("VllmSuiteControllerAbsent")}
+    cases.append(case("a controller that is blind", blind, [absent]))
     assert {one.name for one in ALERTS} == set(FAULTS) | {"VllmSuiteSloBurn"}
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule_file(FLEET)))
     for interval, tests in (("1m", cases), ("5m", burns)):

@@ -86,6 +86,22 @@ async def test_what_gives_no_answer_may_have_begun(monkeypatch: pytest.MonkeyPat
     assert fleet.count("vllm_suite_roles_moves_total", labels) == 2
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_counters_are_0_from_the_start(dry_run: bool) -> None:
+    registry = CollectorRegistry()
+    Controller(SPEC, Access("http://x"), registry, dry_run=dry_run)
+    rows = [one for family in registry.collect() for one in family.samples if one.name.endswith("_total")]
+    assert {one.value for one in rows} == {0}
+    moves = [one.labels for one in rows if one.name == "vllm_suite_roles_moves_total"]
+    answers = {"dry_run"} if dry_run else {"begun", "noop", "refused", "no_answer"}
+    assert {one["outcome"] for one in moves} == answers
+    # From `any` to three roles, again or at the start; by the rule from any of four to another of three.
+    assert len(moves) == (3 + 3 + 9) * len(answers)
+    assert all(one["source"] != one["target"] != "any" for one in moves)
+    # It scales nothing, so it counts none of that.
+    assert len(rows) == len(moves) + 5
+
+
 async def test_a_look_that_takes_long_uses_up_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     lease: Any = Held()
     fleet = lease.fleet = Fleet(monkeypatch, lease)

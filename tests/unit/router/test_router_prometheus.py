@@ -68,6 +68,12 @@ async def test_a_router_in_front_of_prometheus(instance: StartInstance, serve: S
         await load(11)
         await asyncio.sleep(1.5)  # the first point of what appeared now, before it grows
         await load(21)
+        # The first failure since the start of its kind, and the first request that ends with it, are an increase.
+        decode.script.append("500")
+        assert (await router.post({**body(31), "stream": False}, headers=headers))[0] == 500
+        for name in ('recoveries_total{step="error",reason="status"}', 'requests_total{code="500"}'):
+            seen = f"sum(increase(vllm_suite_router_{name}[1m])) > 0"
+            await asyncio.to_thread(server.until, lambda seen=seen: bool(server.query(seen)), seen)
         wanted = {"VllmSuiteSloBurn", "VllmSuitePredictionLeft", "VllmSuitePoolBelowFloor"}
         await asyncio.to_thread(server.until, lambda: wanted <= server.firing(), f"{wanted}")
         # The fleet file has two prefill instances, the router one.
