@@ -338,6 +338,7 @@ def test_interrupted_by_the_keyboard(pair: tuple[Path, Path], ram: Path) -> None
     """The signal that a terminal sends: status 130 and a partial folder to go on from."""
     code = (
         "import os, signal, sys\nfrom vllm_suite.checkpoints.progress import Progress\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit it ignored
         "Progress.wrote = lambda self, name: os.kill(os.getpid(), signal.SIGINT)\n"
         "from vllm_suite.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
