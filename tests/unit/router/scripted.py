@@ -12,6 +12,7 @@ from aiohttp import web
 from multidict import CIMultiDict
 
 from vllm_suite.fleet.demo_spec import free_ports
+from vllm_suite.roles.gate import REFUSED, REFUSED_HEADER
 
 REFERENCE = {
     "do_remote_prefill": True,
@@ -61,7 +62,8 @@ class Instance:
     stall (silent after two events) · wait (silent after two events until `go_on` is set) ·
     error_event (a stream that begins with a server error) · dead (500 of an engine that has ended) ·
     dead_event, dead_late (a stream that begins with it, or ends with it after two events) ·
-    trickle (an event each 50 ms) · garbage (200 with a body that is no JSON) · no_reference
+    trickle (an event each 50 ms) · garbage (200 with a body that is no JSON) · no_reference ·
+    refused (503 of an instance whose role does not do that work)
     """
 
     role: str = "any"
@@ -166,6 +168,8 @@ class Instance:
             return _error(int(word), f"scripted {word}")
         if word == "dead":
             return _error(500, DEAD)
+        if word == "refused":
+            return web.json_response({"error": {}}, status=503, headers={REFUSED_HEADER: REFUSED})
         if word == "hang":
             await asyncio.sleep(30)
         if word == "slow":

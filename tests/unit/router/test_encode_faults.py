@@ -12,9 +12,9 @@ from scripted import REFERENCE
 CHAT = "/v1/chat/completions"
 
 
-def everywhere(es, word):
-    """The next call to whichever encoder gets this."""
-    shared = deque([word])
+def everywhere(es, *words):
+    """The next calls to whichever encoders get these."""
+    shared = deque(words)
     for e in es:
         e.script = shared
 
@@ -81,6 +81,20 @@ async def test_or_the_error_names_the_item(instance, encoder, serve, word, statu
     assert answer["error"]["param"] == "messages[0].content[1]"
     assert len(p.seen) == len(d.seen) == 1
     assert router.value("rejected_total", reason="media_unencoded") == 1
+
+
+async def test_refused_for_their_roles_is_no_attempt(instance, encoder, serve):
+    """Two change their roles, one after the other; each has begun nothing, and no retry is allowed."""
+    settings = {"retries": 0, "fallback": "error"}
+    es, p, _, router = await fleet(instance, encoder, serve, encoders=3, settings=settings)
+    everywhere(es, "refused", "refused")
+    assert (await router.post(chat(image()), path=CHAT))[0] == 200
+    assert [len(e.seen) for e in es] == [1, 1, 1]
+    assert kinds(p.seen[0].body) == {"image_embeds": 1}
+    assert router.value("recoveries_total", step="encode_retry", reason="role") == 2
+    # Any other failure is one.
+    everywhere(es, "500")
+    assert (await router.post(chat(image(seed=1)), path=CHAT))[0] == 502
 
 
 async def test_only_the_item_that_was_not_kept_is_encoded_again(instance, encoder, serve):

@@ -28,7 +28,11 @@ Outcome = Encoded | UpstreamFailure | Rejected
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """One item being encoded. `order` are the encoders in the order in which they are tried."""
+    """One item being encoded.
+
+    `order` are the encoders in the order in which they are tried. `failures` counts attempts: an encoder that changes
+    its role has begun nothing, and what it refuses is none.
+    """
 
     item: Item
     request: Request
@@ -37,6 +41,7 @@ class Flight:
     began: float
     waiters: int = 0
     tried: set[Member] = field(default_factory=set)
+    failures: int = 0
     shard: _Shard | None = None
 
     @property
@@ -225,8 +230,9 @@ class Flights:
                 self._land(flight, result)
                 continue
             metrics.count("upstream_errors", "encode", result.kind)
+            flight.failures += result.kind != "role"
             other = next((m for m in flight.order if m.ready and m not in flight.tried), None)
-            if other is None or len(flight.tried) > settings.retries or not flight.waiters:
+            if other is None or flight.failures > settings.retries or not flight.waiters:
                 self._land(flight, result)
                 continue
             metrics.recovered("encode_retry", result.kind, member.instance_id)
