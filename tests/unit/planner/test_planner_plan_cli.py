@@ -192,6 +192,8 @@ def test_cost_takes_no_more_accelerators_than_the_rate_needs(capsys, tmp_path):
         (["--ttft", "1s", "--json", "."], "--json .: is a folder; name a file in it"),
         (["--ttft", "1s", "--json", "new.x", "-o", "new.x"], "--json new.x: -o names the same file"),
         (["--ttft", "1s", "--watch-looks", "3"], "--watch-looks goes with --watch URL or --watch-file FILE"),
+        (["--ttft", "1s", "--watch-metrics-port", "0"], "--watch-metrics-port goes with --watch URL"),
+        (["--ttft", "1s", "--watch", "http://a", "--watch-metrics-port", "70000"], "at most 65535, not 70000"),
         (["--ttft", "1s", "--watch", "localhost:9090"], "such as http://localhost:9090, not localhost:9090"),
         (["--ttft", "1s", "--watch", "http://a", "--images", "1"], "watch without --images"),
         (["--ttft", "1s", "--watch-file", "/no/such.json"], "/no/such.json"),

@@ -143,7 +143,7 @@ def test_error_answers_say_what_is_wrong(answer: Any, reason: str) -> None:
 
 
 def test_nobody_there_is_an_error_that_keeps_the_password() -> None:
-    for url in ("http://user:secret@127.0.0.1:1", "http://user:secret@:1"):
+    for url in ("http://user:secret@127.0.0.1:1", "http://user:secret@:1", "http://user:a@secret@127.0.0.1:1/x@y"):
         with pytest.raises(WatchError, match="query_range") as caught:
             Prometheus(url, timeout=5).windows(0.0, 200.0)
         assert "secret" not in str(caught.value)

@@ -86,12 +86,14 @@ def _watch(args: argparse.Namespace) -> Iterator[str]:
              "--watch-looks": args.watch_looks, "--watch-window": args.watch_window,
              "--watch-metrics-port": args.watch_metrics_port}  # fmt: skip
     for name, value in given.items():
-        if value and not watching:
+        if value not in (None, "") and not watching:
             yield f"{name} goes with --watch URL or --watch-file FILE"
     if args.watch_file is not None and args.watch_selector:
         yield "--watch-selector is for --watch: a recorded file has the windows of one selection"
     if args.watch_file is not None and args.watch_window:
         yield "--watch-window is for --watch: a recorded file has windows of one length"
+    if args.watch_metrics_port is not None and not 0 <= args.watch_metrics_port < 65_536:
+        yield f"--watch-metrics-port is a port, at most 65535, not {args.watch_metrics_port}"
     if args.watch is not None and not args.watch.startswith(("http://", "https://")):
         yield f"--watch is the URL of a Prometheus server, such as http://{args.watch}, not {args.watch}"
     if watching and args.images:

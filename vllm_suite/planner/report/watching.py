@@ -77,7 +77,7 @@ def watch_fleet(args: argparse.Namespace, case: Case, plan: Plan, search: Search
             else Prometheus(args.watch, args.watch_selector, step=step, lag=step / 4)
         )
         if args.watch_metrics_port is not None:
-            start_http_server(args.watch_metrics_port, addr=args.watch_metrics_host, registry=registry)
+            _serve(args.watch_metrics_host, args.watch_metrics_port, registry)
         watch(
             source,
             plan,
@@ -94,3 +94,10 @@ def watch_fleet(args: argparse.Namespace, case: Case, plan: Plan, search: Search
     except KeyboardInterrupt:
         pass
     return 0
+
+
+def _serve(host: str, port: int, registry: CollectorRegistry) -> None:
+    try:
+        start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise InputError(f"--watch-metrics-port: series cannot be served at {host}:{port}: {error}") from None

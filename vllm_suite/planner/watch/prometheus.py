@@ -79,7 +79,7 @@ class Prometheus:
     @property
     def shown(self) -> str:
         """The URL without user and password."""
-        return re.sub(r"//[^/@]*@", "//", self.url)
+        return re.sub(r"//[^/]*@", "//", self.url)  # up to the last @: a password may have one
 
     async def _range(self, session: Any, query: str, first: float, last: float) -> list[Mapping[str, Any]]:
         import aiohttp
