@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from flip import flip_spec, switch
 from harness import CONTROL_KEY, Fleet, prompt, request, run_of_ports, running, spec
 
 from vllm_suite.fleet.process import ready_members
@@ -115,6 +116,33 @@ async def test_a_rolling_restart_loses_no_request(model: Path, tmp_path: Path) -
                 assert await fleet.metric(name, "vllm_suite_kv_refused_total") == 0
                 assert fleet.member(name)["restarts"] == 1
             await fleet.idle(roles=names)
+
+
+async def test_a_role_that_was_set_by_hand_stays(model: Path, tmp_path: Path) -> None:
+    wanted = flip_spec(model, tmp_path / "logs", {})
+    wanted["pools"]["any"]["replicas"] = 2
+    with running(tmp_path, wanted) as process:
+        async with aiohttp.ClientSession() as session:
+            fleet = Fleet(process, tmp_path / "logs", session)
+            questions = await known(fleet, "any-1")
+            await switch(fleet, "any-0", "prefill")
+            load = Load(fleet, questions)
+            clients = asyncio.create_task(load.run(3))
+            before = await fleet.epoch("any-0")
+            try:
+                status, said = await restart(fleet, "fleet-any-0")
+                # Prefilled there again: the longer ones of these prompts are.
+                async with asyncio.timeout(60):
+                    while not await fleet.metric("any-0", "vllm:request_success_total"):
+                        await asyncio.sleep(0.5)
+            finally:
+                load.end()
+                await clients
+            assert (status, "fleet-any-0: prefill again" in said) == (0, True), said
+            now = await state(fleet, "any-0")
+            assert (now["role"], now["role_epoch"], now["epoch"] != before) == ("prefill", 1, True)
+            assert load.wrong == []
+            assert load.right > 20
 
 
 async def test_two_revisions_behind_one_router(model: Path, tmp_path: Path) -> None:

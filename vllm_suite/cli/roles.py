@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vllm_suite.roles.client import Access
 
 HELP = "show and switch the roles of instances, by hand or by load"
-_POLL_S = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +103,7 @@ async def _status(args: argparse.Namespace) -> int:
 async def _set(args: argparse.Namespace) -> int:
     import aiohttp
 
-    from vllm_suite.roles.client import NoAnswer, look, role, switch
+    from vllm_suite.roles.client import NoAnswer, ended, look, switch
     from vllm_suite.roles.seen import others_take
 
     access = _access(args)
@@ -119,21 +118,8 @@ async def _set(args: argparse.Namespace) -> int:
         if answer.get("outcome") != "begun":
             print(f"{one.instance_id}: {answer.get('outcome', 'refused')}: {answer.get('error')}")
             return 0 if answer.get("outcome") == "noop" else 1
-        attempt = (answer.get("last") or {}).get("attempt")
-        now: dict[str, Any] = answer
-        try:
-            async with asyncio.timeout(args.timeout):
-                while True:
-                    now = await role(session, one.url, access.instance_key)
-                    last = now.get("last") or {}
-                    if now.get("epoch") != one.epoch or last.get("attempt") != attempt:
-                        raise NoAnswer(f"{one.instance_id} was restarted, or switched by somebody else, meanwhile")
-                    if last.get("outcome") is not None:
-                        break
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError:
-            text = f"the switch has not ended in {args.timeout:g} s: {one.instance_id} is {now.get('phase')}"
-            raise NoAnswer(f"{text}; it goes on, `vllm-suite roles status` shows it") from None
+        now = await ended(session, one, answer, access.instance_key, args.timeout)
+    last: dict[str, Any] = now["last"]
     seconds = ", ".join(f"{phase} {took:.3f} s" for phase, took in last["seconds"].items())
     changed = ", ".join(f"{name} {old} to {new}" for name, (old, new) in last["changed"].items())
     print(f"{one.instance_id}: {last['outcome']}: {one.role} to {args.role}; {seconds}")

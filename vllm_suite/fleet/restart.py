@@ -19,9 +19,11 @@ from vllm_suite.fleet.keys import ENV_VLLM_KEY
 from vllm_suite.fleet.launch import Launch
 from vllm_suite.fleet.pod.leaving import LEASES, LOOK_S, Idle, requests_in
 from vllm_suite.fleet.process import FleetProcess, ask
+from vllm_suite.fleet.same_role import role_of, switch_again
 from vllm_suite.fleet.scrape import scrape
 from vllm_suite.fleet.state_file import write_atomically
 from vllm_suite.fleet.supervisor import StartFailed, Supervisor
+from vllm_suite.identity import Role
 
 if TYPE_CHECKING:
     import aiohttp
@@ -119,6 +121,7 @@ class Roll:
 
     async def _one(self, process: FleetProcess) -> None:
         began, cut = time.monotonic(), 0
+        role = await role_of(self._supervisor.session, process.launch)
         if process.state == "ready":
             cut = await self._leave(process)
         elif process.state != "failed":
@@ -127,6 +130,8 @@ class Roll:
         self._say(f"{process.name}: {'ended amid its work' if cut else 'nothing left to do'}, starting again")
         try:
             await self._supervisor.renew(process)
+            if role is not None:
+                role = await self._same_role(process, role)
         except StartFailed as error:
             raise NotRestarted(str(error)) from error
         finally:
@@ -137,8 +142,16 @@ class Roll:
         )
         now = time.monotonic()
         row = {"name": process.name, "drained_s": left - began, "restarted_s": now - left, "cut_requests": cut}
-        self.restarted.append(row)
+        self.restarted.append(row if role is None else {**row, "role": role})
         self._say(f"{process.name}: serves again after {now - began:.1f} s")
+
+    async def _same_role(self, process: FleetProcess, role: Role) -> Role:
+        """The role it has in its new life: that of the last one, where it can be switched to it."""
+        if role == process.launch.role:
+            return role
+        why = await switch_again(self._supervisor.session, process.launch, role)
+        self._say(f"{process.name}: {role} again" if why is None else f"{process.name}: is not {role} again: {why}")
+        return role if why is None else "any"
 
     async def _leave(self, process: FleetProcess) -> int:
         """Until the instance has nothing left to do; the requests that it still has where `force` ends it."""

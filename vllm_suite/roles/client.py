@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 TIMEOUT_S = 2.0
+_POLL_S = 0.2
 _MAX_BYTES = 1 << 20
 
 
@@ -99,6 +100,29 @@ async def switch(
 async def role(session: aiohttp.ClientSession, url: str, key: str | None) -> dict[str, Any]:
     """What an instance says about its role and its last switch. Raises NoAnswer."""
     return await _get(session, url + "/suite/v1/role", key)
+
+
+async def ended(
+    session: aiohttp.ClientSession, one: Seen, begun: dict[str, Any], key: str | None, timeout_s: float
+) -> dict[str, Any]:
+    """What an instance says once the switch has ended that it has `begun`: the answer of `switch`.
+
+    Raises NoAnswer, also where it was restarted or switched by somebody else, or has not ended in `timeout_s` seconds.
+    """
+    attempt, now = (begun.get("last") or {}).get("attempt"), begun
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                now = await role(session, one.url, key)
+                last = now.get("last") or {}
+                if now.get("epoch") != one.epoch or last.get("attempt") != attempt:
+                    raise NoAnswer(f"{one.instance_id} was restarted, or switched by somebody else, meanwhile")
+                if last.get("outcome") is not None:
+                    return now
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        text = f"the switch has not ended in {timeout_s:g} s: {one.instance_id} is {now.get('phase')}"
+        raise NoAnswer(f"{text}; it goes on, `vllm-suite roles status` shows it") from None
 
 
 def _work(found: Any) -> Work | None:

@@ -33,13 +33,15 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 # An instance as a router sees it: takes completions, of which `max_tokens` are the tenths of a second that one takes,
 # and says what runs in it. Where the file `leases` lies in its folder, as many leases as that says are outstanding;
-# where `fail` does, it does not start.
+# where `fail` does, it does not start. Its role can be switched, except where `back` lies there; into `listed` it
+# writes whether the router may send to it meanwhile.
 ENGINE = """
 import http.server, json, os, pathlib, sys, threading, time
 port, name, role, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4])
 if (folder / (name + ".fail")).exists():
     sys.exit("no such model: nowhere")
 epoch, running, lock = str(time.time_ns()), 0, threading.Lock()
+switches, last, can = 0, None, ["prefill", "decode", "any"] if role == "any" else [role]
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def say(self, status, body, kind="application/json"):
@@ -52,7 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         load = {"running": 0, "waiting": 0}
         state = {"instance_id": name, "epoch": epoch, "role": role, "ready": True, "models": ["tiny"], "load": load,
-                 "running": {"decode": running}}
+                 "running": {"decode": running}, "role_epoch": switches, "phase": "serving", "can": can, "last": last}
         if self.path == "/metrics":
             kept = folder / (name + ".leases")
             leases = kept.read_text() if kept.exists() else "0"
@@ -60,8 +62,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.say(200, json.dumps(state))
     def do_POST(self):
-        global running
+        global running, role, switches, last
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/suite/v1/role":
+            (folder / (name + ".listed")).write_text(str(not (folder / "withdrawn").exists()))
+            if (body["epoch"], body["role_epoch"]) != (epoch, switches):
+                return self.say(409, json.dumps({"outcome": "refused", "error": "stale"}))
+            last = {"attempt": 1, "outcome": "switched", "reason": None}
+            if (folder / (name + ".back")).exists():
+                last |= {"outcome": "back", "reason": "the probe failed"}
+            else:
+                role, switches = body["role"], switches + 1
+            return self.say(202, json.dumps({"outcome": "begun", "epoch": epoch, "last": last}))
         with lock:
             running += 1
         try:

@@ -166,6 +166,37 @@ async def test_what_nobody_else_does_is_refused(tmp_path: Path, capsys: pytest.C
         assert running.pids()["fleet-prefill-0"] != before["fleet-prefill-0"]
 
 
+async def test_a_role_that_was_set_by_hand_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with fleet(tmp_path, {"any": {"replicas": 2}}) as running:
+        router = running.supervisor.find("fleet-router").launch.url
+
+        async def roles() -> dict[str, str]:
+            async with running.client.get(router + "/suite/v1/instances") as answer:
+                return {row["instance_id"]: row["role"] for row in (await answer.json())["instances"]}
+
+        url = running.supervisor.find("fleet-any-0").launch.url
+        async with running.client.get(url + "/suite/v1/state") as answer:
+            state = await answer.json()
+        body = {"role": "prefill", "epoch": state["epoch"], "role_epoch": 0}
+        async with running.client.post(url + "/suite/v1/role", json=body) as answer:
+            assert answer.status == 202
+        before = running.pids()
+        assert await running.order("fleet-any-0") == 0
+        assert "fleet-any-0: prefill again" in capsys.readouterr().out
+        assert running.pids()["fleet-any-0"] != before["fleet-any-0"]
+        assert await roles() == {"fleet-any-0": "prefill", "fleet-any-1": "any"}
+        assert [row["role"] for row in running.out()["restarted"]] == ["prefill"]
+        # Before requests come: nothing of theirs has to be drained.
+        assert (tmp_path / "fleet-any-0.listed").read_text() == "False"
+        # Where that fails it serves all the same, in the role in which it started, and that is said.
+        (tmp_path / "fleet-any-0.back").touch()
+        assert await running.order("fleet-any-0") == 0
+        said = capsys.readouterr().out
+        assert "fleet-any-0: is not prefill again: the probe failed; it is any and serving" in said
+        assert await roles() == {"fleet-any-0": "any", "fleet-any-1": "any"}
+        assert [row["role"] for row in running.out()["restarted"]] == ["any"]
+
+
 async def test_work_that_does_not_end_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with fleet(tmp_path, {"decode": {"replicas": 2}}) as running:
         before = running.pids()
