@@ -15,6 +15,8 @@ from vllm_suite.cli.arguments import add_fleet_arguments, seconds
 if TYPE_CHECKING:
     from vllm_suite.roles.client import Access
 
+_OLDER = "asked again without give_back, which this instance does not know: it first serves what waits on it"
+
 HELP = "show and switch the roles of instances, by hand or by load"
 
 
@@ -114,7 +116,8 @@ async def _set(args: argparse.Namespace) -> int:
             known = ", ".join(one.instance_id for one in fleet)
             raise NoAnswer(f"the router knows no instance {args.instance}; it knows: {known or 'none'}")
         [one] = found
-        answer = await switch(session, one, args.role, access.instance_key, others_take(fleet, one))
+        give_back = others_take(fleet, one)
+        answer = await switch(session, one, args.role, access.instance_key, give_back, lambda: print(_OLDER))
         if answer.get("outcome") != "begun":
             print(f"{one.instance_id}: {answer.get('outcome', 'refused')}: {answer.get('error')}")
             return 0 if answer.get("outcome") == "noop" else 1

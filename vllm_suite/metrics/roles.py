@@ -80,4 +80,9 @@ CONTROLLER: tuple[SeriesSpec, ...] = (
         ),
         known=tuple((*move, outcome) for move in _MOVES for outcome in _ANSWER.values),
     ),
+    SeriesSpec(
+        "vllm_suite_roles_without_give_back_total",
+        "counter",
+        "Switches asked for again without give_back, which the instance does not know: its version is older.",
+    ),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 2.0
 _POLL_S = 0.2
+_LEAST_S = 0.1
 _MAX_BYTES = 1 << 20
 
 
@@ -85,16 +88,29 @@ def read(url: str, state: dict[str, Any]) -> Seen | None:
 
 
 async def switch(
-    session: aiohttp.ClientSession, one: Seen, target: str, key: str | None, give_back: bool = False
+    session: aiohttp.ClientSession,
+    one: Seen,
+    target: str,
+    key: str | None,
+    give_back: bool = False,
+    older: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Ask an instance to become `target`, if it is still as it was seen. Its answer; raises NoAnswer.
 
-    `give_back`: what waits on it goes back to the router, since others take it (`seen.others_take`).
+    `give_back`: what waits on it goes back to the router, since others take it (`seen.others_take`). An instance of a
+    version without that refuses the whole body; it is asked once more without it, and `older` is called.
     """
+    url, began = one.url + "/suite/v1/role", time.monotonic()
     body: dict[str, Any] = {"role": target, "epoch": one.epoch, "role_epoch": one.role_epoch}
-    if give_back:
-        body["give_back"] = True
-    return await _call(session, "POST", one.url + "/suite/v1/role", key, body)
+    if not give_back:
+        return (await _call(session, "POST", url, key, body))[1]
+    status, answer = await _call(session, "POST", url, key, {**body, "give_back": True})
+    if status != 400 or answer.get("reason") != "malformed":
+        return answer
+    older()
+    # Both together take no longer than one may: whoever holds a lease counts on it.
+    left = max(TIMEOUT_S - (time.monotonic() - began), _LEAST_S)
+    return (await _call(session, "POST", url, key, body, left))[1]
 
 
 async def role(session: aiohttp.ClientSession, url: str, key: str | None) -> dict[str, Any]:
@@ -138,15 +154,21 @@ def _count(value: object) -> int:
 
 
 async def _get(session: aiohttp.ClientSession, url: str, key: str | None) -> dict[str, Any]:
-    return await _call(session, "GET", url, key, None)
+    status, found = await _call(session, "GET", url, key, None)
+    if status != 200:
+        raise NoAnswer(f"{url} answered HTTP {status}")
+    return found
 
 
-async def _call(session: aiohttp.ClientSession, method: str, url: str, key: str | None, body: Any) -> dict[str, Any]:
+async def _call(
+    session: aiohttp.ClientSession, method: str, url: str, key: str | None, body: Any, timeout_s: float = TIMEOUT_S
+) -> tuple[int, dict[str, Any]]:
+    """Status and document."""
     import aiohttp
     import msgspec
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with session.request(
             method, url, json=body, headers=headers, timeout=timeout, allow_redirects=False
@@ -166,6 +188,4 @@ async def _call(session: aiohttp.ClientSession, method: str, url: str, key: str 
         found = None
     if not isinstance(found, dict):
         raise NoAnswer(f"{url} answered HTTP {response.status} and no JSON object")
-    if method == "GET" and response.status != 200:
-        raise NoAnswer(f"{url} answered HTTP {response.status}")
-    return found
+    return response.status, found

@@ -146,9 +146,9 @@ class Controller:
             self._decider.begun(move, self._clock())
         else:
             try:
-                answer: dict[str, Any] = await switch(
-                    session, move.instance, move.target, self._access.instance_key, others_take(fleet, move.instance)
-                )
+                key, give_back = self._access.instance_key, others_take(fleet, move.instance)
+                older = self._series["vllm_suite_roles_without_give_back_total"].inc
+                answer: dict[str, Any] = await switch(session, move.instance, move.target, key, give_back, older)
             except NoAnswer as error:
                 answer = {"outcome": "no_answer", "error": str(error)}
             outcome = str(answer.get("outcome"))
@@ -177,7 +177,7 @@ class Controller:
     def _start_at_zero(self) -> None:
         # Of what appears with its first count Prometheus sees no increase.
         for spec in SPECS:
-            for values in spec.from_start() if spec.kind == "counter" else ():
+            for values in spec.from_start() if spec.kind == "counter" and spec.labels else ():
                 if spec.name == "vllm_suite_roles_moves_total" and self._dry_run != (values[-1] == "dry_run"):
                     continue
                 if spec.name == "vllm_suite_roles_scalings_total" and self._scaling is None:

@@ -28,9 +28,14 @@ KEY = {"Authorization": "Bearer c"}
 
 @dataclass
 class Changing(Instance):
-    """A scripted instance with the real switch over a scripted engine: `wrong` makes its probes fail."""
+    """A scripted instance with the real switch over a scripted engine.
+
+    `wrong` makes its probes fail; `knows` are the fields of a switch that its version takes; `asked` those it was sent.
+    """
 
     wrong: bool = False
+    knows: tuple[str, ...] = ("role", "epoch", "role_epoch", "give_back")
+    asked: list[list[str]] = field(default_factory=list)
     switcher: Switcher = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +78,10 @@ class Changing(Instance):
         outcome, error = "ok", ""
         if request.method == "POST":
             body = await request.json()
+            self.asked.append(sorted(body))
+            if set(body) - set(self.knows):
+                answer = {"outcome": "refused", "reason": "malformed", "error": "the body must be a JSON object with"}
+                return web.json_response(answer, status=400)
             try:
                 assert body["epoch"] == self.epoch
                 self.switcher.begin(body["role"], body["role_epoch"])
@@ -223,6 +232,33 @@ async def test_one_that_crashed_gets_the_role_that_somebody_had_given_it(changin
     assert fleet[0].switcher.state.role == "prefill"
     labels = {"source": "any", "target": "prefill", "why": "again", "outcome": "begun"}
     assert registry.get_sample_value("vllm_suite_roles_moves_total", labels) == 1
+
+
+async def test_an_older_instance_is_asked_without_what_it_does_not_know(changing, serve, monkeypatch, capsys):
+    older = ("role", "epoch", "role_epoch")
+    fleet = [await changing("prefill", knows=older) for _ in range(2)]
+    fleet.append(await changing("decode", load={"waiting": 9}))
+    router = await serve(fleet, auth=AUTH)
+    one, registry = controller(router, spec={"hold": 60})
+    async with aiohttp.ClientSession() as session:
+        async with asyncio.timeout(60):
+            while (move := await one.once(session)) is None:
+                await asyncio.sleep(0.05)
+        [moved] = [made for made in fleet if made.instance_id == move.instance.instance_id]
+        await moved.switcher.settled()
+        assert moved.switcher.state.role == "decode"
+        assert moved.asked == [sorted([*older, "give_back"]), sorted(older)]
+        labels = {"source": "prefill", "target": "decode", "why": "rule", "outcome": "begun"}
+        assert registry.get_sample_value("vllm_suite_roles_moves_total", labels) == 1
+        assert registry.get_sample_value("vllm_suite_roles_without_give_back_total") == 1
+        # Once: what it refuses still is refused.
+        moved.knows = ()
+        monkeypatch.setenv("VLLM_SUITE_CONTROL_KEY", "c")
+        assert await asyncio.to_thread(main, ["roles", "set", moved.instance_id, "prefill", "--url", router.url]) == 1
+        said = capsys.readouterr().out
+        assert "asked again without give_back" in said
+        assert "refused: the body must be" in said
+        assert len(moved.asked) == 4
 
 
 async def test_the_command_line(changing, serve, monkeypatch, capsys):
