@@ -64,9 +64,13 @@ class Door:
         return sum(self.inside.values())
 
     def open_names(self) -> set[str]:
-        """Names of the requests inside that could go back; one that two of them have tells neither."""
+        """Names of the requests inside that could go back; one that two of them have tells neither.
+
+        One of role `any` encodes for others where no encoder is ready; whether another would, only the router knows.
+        """
         names = Counter(visit.name for visit in self.visits)
-        return {visit.name for visit in self.visits if visit.open and names[visit.name] == 1}
+        stays = "encode" if self.state.role == "any" else None
+        return {one.name for one in self.visits if one.open and names[one.name] == 1 and one.stage != stays}
 
     def give_back(self, names: Collection[str]) -> Counter[str]:
         """Answer these with a refusal, where nothing of an answer has left; how many were, by stage."""

@@ -46,6 +46,6 @@ class Seen:
 def others_take(fleet: Sequence[Seen], one: Seen) -> bool:
     """Whether every stage that an instance serves is served by another one that is ready."""
     others = [other for other in fleet if other.instance_id != one.instance_id and other.ready]
-    # Where nobody encodes alone, an instance of role `any` encodes what it prefills itself.
+    # What one of role `any` encodes for others does not go back.
     stages = [stage for stage in STAGES if serves(one.role, stage) and (stage != "encode" or one.role == "encode")]
     return all(any(other.phase == "serving" and serves(other.role, stage) for other in others) for stage in stages)

@@ -13,7 +13,7 @@ import pytest
 
 from vllm_suite.compat.role_queue import name_of, untouched
 from vllm_suite.roles.gate import REFUSED_HEADER, STAGE_HEADER, Door, Gate
-from vllm_suite.roles.instance import Report, Settings, Switcher
+from vllm_suite.roles.instance import POLL_S, Report, Settings, Switcher
 from vllm_suite.roles.seen import Seen, others_take
 from vllm_suite.roles.state import RoleState
 
@@ -160,6 +160,28 @@ async def test_nothing_goes_back_unasked(made: Made) -> None:
     assert (await task).content == b"one two"
     await switcher.settled()
     assert (reports[0].outcome, reports[0].given_back) == ("switched", None)
+
+
+@pytest.mark.parametrize("role", ["any", "encode"])
+async def test_what_an_any_encodes_for_others_stays(made: Made, role: Any) -> None:
+    """It does so where no encoder is ready, so perhaps nobody else would; an encoder's work others were asked for."""
+    server, switcher, reports = made
+    server.door.state = RoleState(role)
+    switcher.can = ("encode", *switcher.can)
+    asked = {"item": "encode"} | ({"prompt": "prefill"} if role == "any" else {})
+    tasks = {name: asyncio.create_task(server.send(name, stage)) for name, stage in asked.items()}
+    await arrived(server, *asked)
+    switcher.begin("decode", 0, give_back=True)
+    async with asyncio.timeout(30):
+        assert refused(await tasks.popitem()[1])
+        for name, task in tasks.items():
+            await asyncio.sleep(3 * POLL_S)
+            assert not task.done()
+            server.begun[name].set()
+            server.may_end.set()
+            assert (await task).content == b"one two"
+        await switcher.settled()
+    assert (reports[0].outcome, reports[0].given_back) == ("switched", {list(asked.values())[-1]: 1})
 
 
 async def test_a_server_that_takes_it_badly(made: Made) -> None:
