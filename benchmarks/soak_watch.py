@@ -164,7 +164,7 @@ async def _held(view: View, session: aiohttp.ClientSession) -> dict[str, dict[st
                     if samples is not None:
                         held[one["name"]] = {name: samples.total(name) for name in (*_IDLE, _LEASES)}
     samples = await scrape(session, view.router, view.keys.client)
-    names = ("requests_in_flight", "outstanding_requests", "outstanding_tokens")
+    names = ("requests_in_flight", "body_bytes", "outstanding_requests", "outstanding_tokens")
     held["router"] = (
         {name: samples.total(f"vllm_suite_router_{name}") for name in names} if samples else {"no answer": 1.0}
     )

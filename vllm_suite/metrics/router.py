@@ -42,7 +42,7 @@ _MEDIA = (
     "too_many_items", "too_many_pixels", "unavailable", "unencoded", "unsupported", "url_disabled", "wrong_type",
 )  # fmt: skip
 _REJECTED = (
-    "unauthorized", "draining", "outstanding", "body_too_large", "bad_body", "bad_http",
+    "unauthorized", "draining", "outstanding", "total_body_bytes", "body_too_large", "bad_body", "bad_http",
     *(f"media_{reason}" for reason in _MEDIA),
 )  # fmt: skip
 _EVENTS = (
@@ -243,6 +243,7 @@ ROUTER: tuple[SeriesSpec, ...] = (
     _gauge("predicted_requests_per_second", "`predicted.rate`: the rate that the predicted times are of."),
     _gauge("predicted_error_ratio", "`predicted.error`: relative error of the predicted step times."),
     _gauge("requests_in_flight", "Requests inside the router."),
+    _gauge("body_bytes", "Bytes of their bodies; those whose answer has begun hold none."),
     _gauge("draining", "1 after SIGTERM."),
     _gauge("min_prompt_tokens", "Uncached prompt length from which prefill is disaggregated."),
     _gauge("bytes_per_token", "Learned length of a token in text prompts."),

@@ -20,7 +20,7 @@ from vllm_suite.router.encode.stage import EncodeStage
 from vllm_suite.router.errors import error_response, unauthorized
 from vllm_suite.router.guard import Watchdog
 from vllm_suite.router.headers import REQUEST_ID
-from vllm_suite.router.intake import make_job, read_body
+from vllm_suite.router.intake import announced, make_job, read_body
 from vllm_suite.router.job import Job
 from vllm_suite.router.lengths import OutputLengths
 from vllm_suite.router.members import Pool
@@ -30,6 +30,7 @@ from vllm_suite.router.models import list_models
 from vllm_suite.router.probe import StockProbe, SuiteProbe
 from vllm_suite.router.prompt import Endpoint
 from vllm_suite.router.relay import ClientGone
+from vllm_suite.router.room import Room, Share
 from vllm_suite.router.server_log import BadHttp
 from vllm_suite.router.status import describe
 from vllm_suite.router.targets import Targets
@@ -61,7 +62,8 @@ class Router:
         self.keys = Keys.resolve(config.auth)
         self._fleet_key = fleet_key()
         self.pool = Pool()
-        self.live = Live(config.disaggregation.min_prompt_tokens, config.disaggregation.bytes_per_token)
+        room, cuts = Room(config.limits.total_body_bytes), config.disaggregation
+        self.live = Live(cuts.min_prompt_tokens, cuts.bytes_per_token, room)
         targets = Targets.of(config)
         self.metrics = RouterMetrics(self.pool, self.live, targets)
         self.metrics.start_at_zero(but=_not_counted(config))
@@ -161,16 +163,19 @@ class Router:
             return refusal
         live, guard = self.live, self.watchdog.guard(self.config.timeouts.total_s)
         live.requests_in_flight += 1
+        share = Share(live.room)
         self._empty.clear()
         job: Job | None = None
         code = "499"  # the client left; nginx's number for it
         try:
-            body = await read_body(request, guard, self.config, self.metrics)
+            body = await read_body(request, guard, share, self.config, self.metrics)
             if isinstance(body, web.Response):
                 code = str(body.status)
+                if body.status == 429:
+                    self._times.failed()
                 return body
             started = time.perf_counter()
-            job = make_job(request, endpoint, body, guard, started, self.config, self.keys, self.metrics)
+            job = make_job(request, endpoint, body, guard, started, self.config, self.keys, self.metrics, share)
             if self._tracing is not None:
                 job.trace = self._tracing.begin(endpoint, job.rid, request.headers)
             assert self._chain is not None
@@ -197,6 +202,7 @@ class Router:
             if job is not None:
                 job.trace.end(int(code), job.path, job.answer.broken if job.answer is not None else "")
             self.watchdog.release(guard)
+            share.release()
             live.requests_in_flight -= 1
             if live.requests_in_flight == 0:
                 self._empty.set()
@@ -213,7 +219,10 @@ class Router:
             self.metrics.count("rejected", "outstanding")
             self._times.failed()
             return error_response(429, "too many outstanding requests", retry_after_s=limits.retry_after_s)
-        return None
+        full = announced(request, live.room, self.config, self.metrics)
+        if full is not None:
+            self._times.failed()
+        return full
 
     # Everything else
 

@@ -178,9 +178,8 @@ class Chain:
                     job.answer = answer
                     answer.instance = member.instance_id
                     job.lap("first_token")
-                    if media is not None:
-                        job.prompt.document, body, own = None, b"", b""
-                        media.forget_media()
+                    body = own = b""
+                    job.forget_body()
                     metrics.observe(time.perf_counter() - job.started, "first_byte_seconds", job.path)
                     if job.hashes and answer.response.status == 200:
                         member.history.add(job.hashes)

@@ -172,7 +172,11 @@ class Timeouts(_Settings):
 class Limits(_Settings):
     """What one router takes on."""
 
-    body_bytes: Bytes = 32 * 1024 * 1024
+    body_bytes: Bytes = Field(default=32 * 1024 * 1024, description="of one request")
+    total_body_bytes: Bytes = Field(
+        default=1024 * 1024 * 1024,
+        description="of all requests whose answer has not begun, together; the next one is answered 429",
+    )
     header_bytes: Bytes = Field(default=16_384, description="of one header line")
     header_count: Annotated[int, Field(ge=8)] = 100
     outstanding_requests: Annotated[int, Field(ge=1)] = 4096
@@ -186,6 +190,15 @@ class Limits(_Settings):
         "decode may still be retried",
     )
     prefill_answer_bytes: Bytes = 16 * 1024 * 1024
+
+    @model_validator(mode="after")
+    def _room_for_one(self) -> Limits:
+        if self.total_body_bytes < self.body_bytes:
+            raise ValueError(
+                f"limits.total_body_bytes ({self.total_body_bytes}) is less than limits.body_bytes "
+                f"({self.body_bytes}), so a request of that size could never come in"
+            )
+        return self
 
 
 class Auth(_Settings):

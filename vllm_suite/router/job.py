@@ -14,6 +14,7 @@ from vllm_suite.router.guard import Guard
 from vllm_suite.router.members import Member
 from vllm_suite.router.policies import Demand
 from vllm_suite.router.prompt import Prompt
+from vllm_suite.router.room import Share
 from vllm_suite.router.tracing import OFF, Trace
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Job:
     rid: str
     guard: Guard
     started: float  # time.perf_counter() when the body had been read
+    share: Share  # of the room for bodies
     stage: str = "decode"  # for the count of clients that leave
     path: str = "direct"
     tokens: int = 0
@@ -41,6 +43,15 @@ class Job:
     laps: dict[str, float] = field(default_factory=dict)  # seconds by stage, for `times`
     lapped: float = 0.0
     trace: Trace = OFF
+
+    def forget_body(self) -> None:
+        """Nothing is sent any more: let go of the bytes, which a long answer would otherwise keep for its time."""
+        prompt = self.prompt
+        prompt.body = prompt.text = b""
+        prompt.document = prompt.token_ids = None
+        if self.media is not None:
+            self.media.forget_media()
+        self.share.release()
 
     def lap(self, stage: str) -> None:
         """All that went by since the last lap, or since the start, was `stage`."""

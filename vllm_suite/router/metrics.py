@@ -21,6 +21,7 @@ from vllm_suite.metrics import ROUTER
 from vllm_suite.metrics.router import PREFIX
 from vllm_suite.router.members import Pool
 from vllm_suite.router.recent import Recent
+from vllm_suite.router.room import Room
 from vllm_suite.router.targets import Targets
 
 _SPECS = {spec.name.removeprefix(PREFIX).removesuffix("_total"): spec for spec in ROUTER}
@@ -56,7 +57,8 @@ class Rate:
 class Live:
     """Numbers that gauges read at the scrape."""
 
-    def __init__(self, min_prompt_tokens: int, bytes_per_token: float) -> None:
+    def __init__(self, min_prompt_tokens: int, bytes_per_token: float, room: Room | None = None) -> None:
+        self.room = room or Room(0)
         self.requests_in_flight = 0
         self.draining = False
         self.min_prompt_tokens = min_prompt_tokens
@@ -164,6 +166,7 @@ class RouterMetrics(Collector):
             families["instances"].add_metric(labels, count)
         families["encode_tokens_per_second"].add_metric((), self.encode_rate.per_second())
         families["encode_known_items"].add_metric((), self._live.known_items)
+        families["body_bytes"].add_metric((), self._live.room.held)
         for name in ("requests_in_flight", "draining", "min_prompt_tokens", "bytes_per_token"):
             families[name].add_metric((), float(getattr(self._live, name)))
         self._promised(families)
