@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from watched import APART, LARGE, SMALL, stretch
 
 from vllm_suite.planner.models import Parallel
 from vllm_suite.planner.plan import Plan, PoolPlan
 from vllm_suite.planner.traces import Workload
 from vllm_suite.planner.watch import (
+    Histogram,
     Recorded,
     Settings,
     WatchError,
+    WatchSeries,
     Window,
     watch,
 )
@@ -135,3 +138,24 @@ def test_a_live_watch_goes_on_after_a_failed_look(tmp_path: Path) -> None:
     assert len(seen) > 90
     with pytest.raises(WatchError):
         watch(Live([], fails=(1,)), SMALL, Formula(), looks=1, clock=lambda: 0.0)
+
+
+def test_engines_with_other_buckets_begin_a_new_reference() -> None:
+    """Those that were started anew with another `max_model_len`: windows of the two cannot be compared."""
+    draw, said, changed, now = np.random.default_rng(16), list[str](), list[Plan](), [2400.0]
+    live = Live([stretch(draw, 60.0 * i, 5.0 if i < 110 else 9.0) for i in range(160)])
+    for i in range(50, 160):
+        one = live.all[i]
+        finer = Histogram((0.5, *one.outputs.bounds), (0.0, *one.outputs.counts), one.outputs.total)
+        live.all[i] = replace(one, outputs=finer)
+    registry = CollectorRegistry()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    plan = watch(live, SMALL, Formula(), say=said.append, clock=lambda: now[0], sleep=sleep, looks=120,
+                 changed=lambda plan, workload: changed.append(plan), series=WatchSeries(registry))  # fmt: skip
+    assert said[0].startswith("at 3000: the engines count lengths in other buckets")
+    assert not [line for line in said if "failed" in line]
+    assert registry.get_sample_value("vllm_suite_watch_looks_total", {"outcome": "failed"}) == 0
+    assert (plan, changed) == (LARGE, [LARGE])

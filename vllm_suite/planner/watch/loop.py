@@ -144,6 +144,9 @@ class _State:
     def add(self, window: Window) -> None:
         """The next window; a look where there are enough."""
         settings = self.settings
+        if self.windows and _bounds(window) != _bounds(self.windows[-1]):
+            self.say(f"at {window.start:.0f}: the engines count lengths in other buckets; what was seen is left out")
+            self.windows, self.reference, self._confirmed = [], [], 0
         self.windows.append(window)
         del self.windows[: -4 * (settings.reference + settings.recent)]
         self.series.saw("now", self.windows[-settings.recent :])
@@ -223,3 +226,7 @@ class _State:
         )
         self.series.replanned("changed" if decision.change else "kept", running, new)
         return decision
+
+
+def _bounds(window: Window) -> tuple[tuple[float, ...], ...]:
+    return window.prompts.bounds, window.outputs.bounds
