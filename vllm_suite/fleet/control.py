@@ -149,8 +149,8 @@ def give(folder: Path, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
             connection.sendall(json.dumps({"order": order}).encode() + b"\n")
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NoFleet(
-                f"no running fleet in {folder} takes orders: start one with `vllm-suite up`; one that was started takes "
-                "them once it says `ready`"
+                f"no running fleet in {folder} takes orders: start one with `vllm-suite up`; one that was started "
+                "takes them once it says `ready`"
             ) from error
         except OSError as error:
             raise NoFleet(f"the fleet in {folder} takes no order: {error.strerror}") from error
