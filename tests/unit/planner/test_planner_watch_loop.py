@@ -159,3 +159,23 @@ def test_engines_with_other_buckets_begin_a_new_reference() -> None:
     assert not [line for line in said if "failed" in line]
     assert registry.get_sample_value("vllm_suite_watch_looks_total", {"outcome": "failed"}) == 0
     assert (plan, changed) == (LARGE, [LARGE])
+
+
+def test_a_long_outage_is_not_asked_for_as_a_whole() -> None:
+    """Prometheus refuses more than 11,000 points; a fleet that was off for longer would never be seen again."""
+    draw, asked, now = np.random.default_rng(17), list[float](), [2400.0]
+
+    class Off(Live):
+        def windows(self, start: float, end: float) -> list[Window]:
+            asked.append((end - start) / 60)
+            return super().windows(start, end)
+
+    live = Off([stretch(draw, 60.0 * i) for i in (*range(50), *range(20_000, 20_050))])
+
+    def sleep(seconds: float) -> None:
+        now[0] += 60.0 if now[0] < 3600 else 60.0 * 9973
+
+    series = CollectorRegistry()
+    watch(live, SMALL, Formula(), clock=lambda: now[0], sleep=sleep, looks=30, series=WatchSeries(series))
+    assert max(asked) <= 11_000
+    assert series.get_sample_value("vllm_suite_watch_looks_total", {"outcome": "ok"}) == 30

@@ -18,6 +18,8 @@ from vllm_suite.planner.watch.series import WatchSeries
 from vllm_suite.planner.watch.shift import ShiftTest
 from vllm_suite.planner.watch.window import WatchError, Window, workload_of
 
+_KEPT = 4  # times the windows of a look
+
 
 class Source(Protocol):
     """Where windows come from: `Prometheus` or `Recorded`."""
@@ -110,10 +112,12 @@ def watch(
     now = clock()
     step = float(getattr(source, "step", settings.every))
     since = now - (settings.reference + settings.recent) * step
+    # What is older is not kept, and a server gives only so many points at once.
+    most = _KEPT * (settings.reference + settings.recent) * step
     done = 0
     while looks is None or done < looks:
         try:
-            for window in source.windows(since, clock()):
+            for window in source.windows(max(since, clock() - most), clock()):
                 since = window.start + window.seconds
                 state.add(window)
             series.looked("ok")
@@ -148,7 +152,7 @@ class _State:
             self.say(f"at {window.start:.0f}: the engines count lengths in other buckets; what was seen is left out")
             self.windows, self.reference, self._confirmed = [], [], 0
         self.windows.append(window)
-        del self.windows[: -4 * (settings.reference + settings.recent)]
+        del self.windows[: -_KEPT * (settings.reference + settings.recent)]
         self.series.saw("now", self.windows[-settings.recent :])
         if not self.reference:
             if len(self.windows) < settings.reference:
