@@ -93,6 +93,11 @@ class Shelves:
         """Items by tier."""
         return {name: len(items) for name, items in self._items.items()}
 
+    def unread(self, now: float) -> int:
+        """Items under lease that no consumer has read, and none is reading."""
+        listed = (item for items in self._items.values() for item in items.values())
+        return sum(not item.read and not item.pins and now < item.until for item in listed)
+
     def fits(self, size: int) -> bool:
         """Whether some tier could hold ``size`` bytes if it held nothing else."""
         return any(tier.blocks_for(size) <= tier.holes.count for tier in self.tiers)

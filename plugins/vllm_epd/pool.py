@@ -245,8 +245,9 @@ class Pool:
     def take_stats(self) -> PoolStats:
         """Counts since the last call, and the present state."""
         with self._lock:
-            self._pins.expire(self._clock())
-            stats = self._counts.stats(self._shelves, self._pins)
+            now = self._clock()
+            self._pins.expire(now)
+            stats = self._counts.stats(self._shelves, self._pins, now)
             self._counts = PoolCounts()
             self._shelves.evictions.clear()
             self._shelves.demotions.clear()

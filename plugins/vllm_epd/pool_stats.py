@@ -15,7 +15,7 @@ class PoolStats:
 
     Counts: hits, evictions and demotions by tier (the one it was in); not_stored by refusal; misses; stored_items,
     stored_rows and stored_bytes; pins that expired; items found corrupt.
-    State: bytes used, capacity and items by tier; pins outstanding.
+    State: bytes used, capacity and items by tier; pins outstanding; items under lease that nobody reads or has read.
     """
 
     hits: dict[str, int]
@@ -32,6 +32,7 @@ class PoolStats:
     capacity_bytes: dict[str, int]
     items: dict[str, int]
     pins: int
+    unread: int
 
 
 @dataclass(slots=True)
@@ -46,7 +47,7 @@ class PoolCounts:
     stored_bytes: int = 0
     corrupt: int = 0
 
-    def stats(self, shelves: Shelves, pins: Pins) -> PoolStats:
+    def stats(self, shelves: Shelves, pins: Pins, now: float) -> PoolStats:
         """These counts, those of ``shelves`` and ``pins`` since they were last cleared, and the state of both."""
         return PoolStats(
             hits=dict(self.hits),
@@ -63,4 +64,5 @@ class PoolCounts:
             capacity_bytes={tier.name: tier.capacity_bytes for tier in shelves.tiers},
             items=shelves.counts(),
             pins=len(pins),
+            unread=shelves.unread(now),
         )

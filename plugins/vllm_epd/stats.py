@@ -15,6 +15,7 @@ from vllm_suite.engine_series import EngineSeries, MetricClasses
 from vllm_suite.metrics import EC
 
 PREFIX = "vllm_suite_ec_"
+LEASES = "leases_outstanding"
 
 Counts = dict[str, dict[str, float]]
 
@@ -108,7 +109,7 @@ def count_pool(stats: SuiteECStats, pool: PoolStats) -> None:
     ):
         for label, value in values.items():
             stats.gauge(series, value, label)
-    stats.gauge("leases_outstanding", pool.pins)
+    stats.gauge(LEASES, pool.pins + pool.unread)
 
 
 def count_server(stats: SuiteECStats, server: ServerCounts) -> None:

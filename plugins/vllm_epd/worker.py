@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from vllm_epd.pool import DTYPES, Pool, Stored
 from vllm_epd.puller import Puller
 from vllm_epd.scheduler import producer_name
 from vllm_epd.sources import usable
-from vllm_epd.stats import SuiteECStats, count_pool, count_server
+from vllm_epd.stats import LEASES, SuiteECStats, count_pool, count_server
 from vllm_epd.tiers import new_slab
 from vllm_suite.compat.ec import device_of_worker
 from vllm_suite.compat.fence import ec_layout_digest, model_digest
@@ -49,7 +49,8 @@ from vllm_suite.loop_thread import LoopThread
 logger = logging.getLogger("vllm.suite.epd")
 
 # How often counters of an engine that is otherwise idle are reported. Each report costs it a step, and its workers a
-# second of spinning, so what is no news waits for every SLOW_REPORTS-th.
+# second of spinning, so what is no news waits for every SLOW_REPORTS-th. The end of the last lease is news: whoever
+# drains the instance waits for it.
 REPORT_S = 1.0
 SLOW_REPORTS = 15
 NEWS = frozenset({"served", "pool_hits", "contained_faults"})
@@ -154,7 +155,8 @@ class SuiteECWorker:
                 for fault, amount in self._puller.take_faults().items():
                     stats.count("contained_faults", fault, amount)
             counts, gauges = stats.data["counts"], stats.data["gauges"]
-            if not (counts.keys() & NEWS if news_only else counts or gauges != self._reported):
+            freed = _leases(self._reported) > _leases(gauges) == 0
+            if not (counts.keys() & NEWS or freed if news_only else counts or gauges != self._reported):
                 return None
             self._reported = gauges
             self._stats = SuiteECStats()
@@ -242,3 +244,7 @@ class SuiteECWorker:
             logger.exception("epd: %s failed after %.3f s", what, time.monotonic() - begun)
             self._count("contained_faults", what)
             return None
+
+
+def _leases(gauges: Mapping[str, Mapping[str, float]]) -> float:
+    return gauges.get(LEASES, {}).get("", 0.0)

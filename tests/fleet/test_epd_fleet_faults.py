@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 from epd_fleet import CHAT, alone, blind, counts, epd_spec, instance, look, pictures, since, through, until, working
 from harness import KEY, Fleet, prompt, request, run_of_ports, running
+from test_restart import restart
 
 from vllm_suite.fleet.pictures_parts import Part, text_part
 from vllm_suite.fleet.tiny_media import write
@@ -314,3 +315,48 @@ async def test_without_encoders_and_without_one_on_prefill_the_error_names_the_i
             (again,) = await through(fleet, [first])
             assert again.tokens == good.tokens
             assert (await through(fleet, [second]))[0].status == 200
+
+
+@pytest.mark.slow
+async def test_an_encoder_that_is_restarted_waits_until_its_output_was_read(pictured: Path, tmp_path: Path) -> None:
+    """Prefill has no encoder of its own and reads later than the encoder's last request ended: nothing may be lost."""
+    wanted = blind(epd_spec(pictured, tmp_path / "logs"))
+    wanted["router"]["membership"] = {"poll_timeout_s": 30.0, "forget_after_s": 60.0}
+    wanted["router"]["timeouts"]["prefill_s"] = 60.0
+    with running(tmp_path, wanted) as process:
+        async with aiohttp.ClientSession() as session:
+            fleet = Fleet(process, tmp_path / "logs", session)
+            for name in (*ENCODERS, "prefill", "decode"):
+                await fleet.ready(name)
+            (picture,) = pictures(800, 1)
+            (want,) = await through(fleet, [look(picture, salt="a")])
+            before = await counts(fleet)
+            picks = {name: await picked(fleet, name) for name in ENCODERS}
+
+            async def encoded() -> bool:
+                return (await fleet.metric("router", "vllm_suite_router_encode_request_seconds_count")) > before[
+                    "stages"
+                ]
+
+            async def draining() -> bool:
+                return bool(fleet.member(maker)["state"] == "draining")
+
+            fleet.freeze("prefill")
+            try:
+                asking = asyncio.create_task(fleet.post(look(picture, salt="b"), path=CHAT, timeout_s=60))
+                await until(encoded)
+                (maker,) = [name for name in ENCODERS if await picked(fleet, name) > picks[name]]
+                restarting = asyncio.create_task(restart(fleet, fleet.member(maker)["name"]))
+                await until(draining)
+                await asyncio.sleep(7.0)  # without requests it would have ended after three seconds
+                assert await draining()
+                assert await fleet.metric(maker, "vllm_suite_ec_leases_outstanding") == 1
+            finally:
+                fleet.thaw("prefill")
+            assert (await asking).tokens == want.tokens
+            status, said = await restarting
+            assert status == 0, said
+            change = await since(fleet, before)
+            # A server that was stopped may close its idle connections first; then decode is who reads.
+            change.pop("decode_alone", None)
+            assert change == {"encoded": 1, "stages": 1}

@@ -102,7 +102,9 @@ class Drain(Settings):
     """How a pod leaves, seconds. Its grace period is the sum."""
 
     settle_s: PositiveInt = Field(default=10, description="until routers have taken the pod off their lists")
-    finish_s: PositiveInt = Field(default=300, description="for running requests and KV blocks not yet fetched")
+    finish_s: PositiveInt = Field(
+        default=300, description="for running requests, and KV blocks and encoder outputs not yet fetched"
+    )
     stop_s: PositiveInt = Field(default=30, description="from SIGTERM to SIGKILL")
 
 

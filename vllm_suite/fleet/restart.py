@@ -1,6 +1,7 @@
 """Rolling restart of a fleet that `up` runs: one instance at a time leaves as a pod of the chart does, and comes back.
 
-The router is told to leave it out, its requests end, KV blocks that it has computed are fetched or their leases end.
+The router is told to leave it out, its requests end, KV blocks and encoder outputs that it has computed are fetched or
+their leases end.
 Then it is ended, started and listed again, and the next one follows. Nothing is cut off unless `force` is given.
 """
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from vllm_suite.fleet.engine import Settings
 from vllm_suite.fleet.keys import ENV_VLLM_KEY
 from vllm_suite.fleet.launch import Launch
-from vllm_suite.fleet.pod.leaving import LEASES, LOOK_S, Idle, requests_in
+from vllm_suite.fleet.pod.leaving import LOOK_S, Idle, leases_in, requests_in
 from vllm_suite.fleet.process import FleetProcess, ask
 from vllm_suite.fleet.same_role import role_of, switch_again
 from vllm_suite.fleet.scrape import scrape
@@ -76,15 +77,15 @@ def alone(rows: Mapping[str, Mapping[str, Any]], url: str) -> str | None:
     return None if any(row["role"] in (stage, "any") for row in others) else stage
 
 
-async def work(session: aiohttp.ClientSession, launch: Launch) -> tuple[int, float] | None:
-    """Requests in an instance and leases of its KV blocks; None where it does not say."""
+async def work(session: aiohttp.ClientSession, launch: Launch) -> tuple[int, dict[str, float]] | None:
+    """Requests in an instance, and leases of what it keeps for peers by series; None where it does not say."""
     samples = await scrape(session, launch.url, launch.env.get(ENV_VLLM_KEY))
     if samples is None:
         return None
     if launch.ready != "state":  # a plain vLLM
-        return int(sum(samples.total(name) for name in _OF_VLLM)), 0.0
+        return int(sum(samples.total(name) for name in _OF_VLLM)), {}
     state = await ask(session, launch)
-    return None if state is None else (requests_in(state), samples.total(LEASES))
+    return None if state is None else (requests_in(state), leases_in(samples.total))
 
 
 class Roll:
@@ -182,10 +183,11 @@ class Roll:
             if self._stop.is_set():
                 raise NotRestarted(f"given up; {process.name} was not ended and serves again")
             if now > end:
-                requests, leases = found or (1, 0.0)
+                requests, leases = found or (1, {})
                 if self._order.force:
                     return max(requests, 1)
-                said = f"{requests} requests and {leases:g} leases left" if found else "it does not say what it does"
+                left = f"{requests} requests and {sum(leases.values()):g} leases left"
+                said = left if found else "it does not say what it does"
                 raise NotRestarted(
                     f"{process.name}: after {self._order.finish_s:g} s {said}; it was not ended and serves again. "
                     "--finish gives it longer, --force ends it"

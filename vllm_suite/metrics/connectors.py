@@ -152,7 +152,9 @@ EC: tuple[SeriesSpec, ...] = (
         (one_of("end", "read", "given_up"),),
     ),
     SeriesSpec("vllm_suite_ec_claims_refused_total", "counter", "Claims this producer refused.", (REFUSAL,)),
-    SeriesSpec("vllm_suite_ec_leases_outstanding", "gauge", "Items pinned by consumers now."),
+    SeriesSpec(
+        "vllm_suite_ec_leases_outstanding", "gauge", "Claims under way, and items under lease that nobody has claimed."
+    ),
     SeriesSpec(
         "vllm_suite_ec_contained_faults_total",
         "counter",

@@ -192,6 +192,8 @@ class PoolMachine(RuleBasedStateMachine):
         if not hasattr(self, "pool"):
             return False
         assert len(self.pool) == sum(known.listed for known in self.all)
+        owed = [known for known in self.all if known.listed and not known.pins and not known.read]
+        assert self.pool._shelves.unread(self.now) == sum(self.now < known.until for known in owed)
         for known in self.all:
             if known.listed:
                 found = self.pool.get(known.stored.identifier)

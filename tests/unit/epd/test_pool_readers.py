@@ -95,6 +95,29 @@ def test_claims_are_shared_and_each_ends_once(clock: Clock) -> None:
     assert (stats.pins, stats.hits, stats.expired_pins) == (0, {"device": 50}, 0)
 
 
+def test_what_consumers_were_promised(clock: Clock) -> None:
+    """An item is owed until one of them has read it or its lease ends; who asks for it anew is promised it anew."""
+    pool = make(clock)
+
+    def owed() -> tuple[int, int]:
+        stats = pool.take_stats()
+        return stats.unread, stats.pins
+
+    put(pool, "a"), put(pool, "b")
+    assert owed() == (2, 0)
+    number = claim(pool, "a")
+    assert owed() == (1, 1)
+    pool.unpin(number, read=False)
+    assert owed() == (2, 0)
+    pool.unpin(claim(pool, "a"))
+    assert owed() == (1, 0)
+    assert pool.keep("a", LEASE_S)
+    assert owed() == (2, 0)
+    pool.drop("a")
+    clock.now += LEASE_S
+    assert owed() == (0, 0)
+
+
 def test_readers_that_never_say_goodbye_do_not_add_up(clock: Clock) -> None:
     pool = make(clock, 1)
     put(pool, "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,12 @@ pytest.importorskip("vllm")
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from tests.unit.epd.pools import Clock, put
+from tests.unit.epd.producers import LocalProducer
 from vllm_epd.item_server import ServerCounts
 from vllm_epd.pool_stats import PoolStats
 from vllm_epd.stats import SuiteECPromMetrics, SuiteECStats, count_pool, count_server
+from vllm_epd.worker import SuiteECWorker
 from vllm_suite.metrics import EC
 
 LABELS = {"model_name": "m", "engine": "0"}
@@ -108,6 +112,7 @@ def test_everything_that_pool_and_server_count_is_a_series(metrics: SuiteECPromM
         capacity_bytes={"device": 12},
         items={"device": 13},
         pins=14,
+        unread=19,
     )
     stats = SuiteECStats()
     count_pool(stats, pool)
@@ -125,8 +130,31 @@ def test_everything_that_pool_and_server_count_is_a_series(metrics: SuiteECPromM
     assert value("pool_bytes", tier="device") == 11
     assert value("pool_capacity_bytes", tier="device") == 12
     assert value("pool_items", tier="device") == 13
-    assert value("leases_outstanding") == 14
+    assert value("leases_outstanding") == 14 + 19
     assert value("served_total", end="read") == 15
     assert value("served_total", end="given_up") == 16
     assert value("claims_refused_total", reason="expired") == 17
     assert value("contained_faults_total", fault="bad_message") == 18
+
+
+def test_the_end_of_the_last_lease_is_reported_by_itself() -> None:
+    """An encoder without work makes no step and reports what is news alone; its drain waits for the leases."""
+    producer, clock = LocalProducer(lease_s=10.0), Clock()
+    producer.pool._clock = clock
+    worker = SuiteECWorker.__new__(SuiteECWorker)  # what reports, without a model
+    worker._counting, worker._stats, worker._reported = threading.Lock(), SuiteECStats(), {}
+    worker._pool, worker._server, worker._puller = producer.pool, producer.server, None
+    try:
+        put(producer.pool, "a"), put(producer.pool, "b")
+        first = worker._counters()
+        assert first is not None
+        assert first.gauges["leases_outstanding"] == {"": 2}
+        clock.now += 5.0
+        assert worker._counters(news_only=True) is None
+        clock.now += 5.0
+        over = worker._counters(news_only=True)
+        assert over is not None
+        assert over.gauges["leases_outstanding"] == {"": 0}
+        assert worker._counters(news_only=True) is None
+    finally:
+        producer.close()

@@ -32,9 +32,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 # An instance as a router sees it: takes completions, of which `max_tokens` are the tenths of a second that one takes,
-# and says what runs in it. Where the file `leases` lies in its folder, as many leases as that says are outstanding;
-# where `fail` does, it does not start. Its role can be switched, except where `back` lies there; into `listed` it
-# writes whether the router may send to it meanwhile.
+# and says what runs in it. Where the file `kv` lies in its folder, as many leases of blocks as that says are
+# outstanding, where `ec` does, of encoder outputs; where `fail` does, it does not start. Its role can be switched,
+# except where `back` lies there; into `listed` it writes whether the router may send to it meanwhile.
 ENGINE = """
 import http.server, json, os, pathlib, sys, threading, time
 port, name, role, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], pathlib.Path(sys.argv[4])
@@ -56,9 +56,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         state = {"instance_id": name, "epoch": epoch, "role": role, "ready": True, "models": ["tiny"], "load": load,
                  "running": {"decode": running}, "role_epoch": switches, "phase": "serving", "can": can, "last": last}
         if self.path == "/metrics":
-            kept = folder / (name + ".leases")
-            leases = kept.read_text() if kept.exists() else "0"
-            self.say(200, "vllm_suite_kv_leases_outstanding " + leases + "\\n", "text/plain")
+            kept = {kind: folder / (name + "." + kind) for kind in ("kv", "ec")}
+            left = {kind: path.read_text() if path.exists() else "0" for kind, path in kept.items()}
+            text = "".join(f"vllm_suite_{kind}_leases_outstanding {count}\\n" for kind, count in left.items())
+            self.say(200, text, "text/plain")
         else:
             self.say(200, json.dumps(state))
     def do_POST(self):

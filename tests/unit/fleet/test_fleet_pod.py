@@ -17,7 +17,7 @@ from vllm_suite.fleet.pod import checking, leaving
 from vllm_suite.fleet.pod.asking import CLIENT_KEYS, CONTROL_KEYS, CheckFailed
 from vllm_suite.fleet.pod.command import main
 from vllm_suite.fleet.pod.leaving import drain
-from vllm_suite.metrics import ROUTER
+from vllm_suite.metrics import EC, KV, ROUTER
 from vllm_suite.roles.state import Phase
 from vllm_suite.router.members import Pool
 from vllm_suite.router.metrics import Live, RouterMetrics
@@ -41,7 +41,7 @@ class Server(ThreadingHTTPServer):
         self.state = dict(STATE)
         self.metrics = RouterMetrics(Pool(), Live(256, 4.0))
         self.pulls = 0
-        self.leases = 0
+        self.leases: dict[str, int] = {}
         self.key: str | None = None
         self.sick = False  # no metrics
         self.broken = 0  # so many of the next questions about the state are not answered
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             pulls = f'vllm_suite_kv_pulls_total{{outcome="ok",engine="0"}} {at.pulls}.0\n'
             failed = 'vllm_suite_kv_pulls_total{outcome="failed",engine="0"} 7.0\n'
-            leases = f"# HELP vllm_suite_kv_leases_outstanding x\nvllm_suite_kv_leases_outstanding {at.leases}.0\n"
+            leases = "".join(f"# HELP {name} x\n{name} {count}.0\n" for name, count in at.leases.items())
             self._say(200, generate_latest(at.metrics.registry) + (pulls + failed + leases).encode())
         elif self.path == "/v1/models":
             self._say(200, {"data": [{"id": "m"}]})
@@ -156,8 +156,8 @@ def test_nobody_there_is_not_ready(server: Server) -> None:
 class Clock:
     """Time that passes in `sleep` alone, and a story that goes with it."""
 
-    def __init__(self, server: Server, story: dict[int, tuple[int, int]]) -> None:
-        self.now, self._server, self._story = 0.0, server, story
+    def __init__(self, server: Server, story: dict[int, tuple[int, int]], kind: str = "kv") -> None:
+        self.now, self._server, self._story, self._kind = 0.0, server, story, kind
         self._tell()
 
     def __call__(self) -> float:
@@ -171,11 +171,12 @@ class Clock:
         for at, (running, leases) in self._story.items():
             if self.now >= at:
                 self._server.state = {**STATE, "load": {"running": running, "waiting": 0}}
-                self._server.leases = leases
+                self._server.leases = {f"vllm_suite_{self._kind}_leases_outstanding": leases}
 
 
-def test_drain_waits_for_requests_and_then_for_blocks(server: Server) -> None:
-    clock = Clock(server, {0: (2, 0), 40: (0, 1), 47: (0, 0)})
+@pytest.mark.parametrize("kind", ["kv", "ec"])
+def test_drain_waits_for_requests_and_then_for_what_others_fetch(server: Server, kind: str) -> None:
+    clock = Clock(server, {0: (2, 0), 40: (0, 1), 47: (0, 0)}, kind)
     assert drain(server.url, 10.0, 300.0, clock.sleep, clock) == "drained"
     assert 47 <= clock.now <= 51
 
@@ -186,10 +187,11 @@ def test_a_request_between_two_looks_is_waited_for(server: Server) -> None:
     assert clock.now >= 30
 
 
-def test_an_old_gauge_of_leases_does_not_hold_a_pod_for_ever(server: Server) -> None:
-    clock = Clock(server, {0: (0, 3)})
+@pytest.mark.parametrize(("kind", "seconds"), [("kv", 20), ("ec", 40)])
+def test_an_old_gauge_of_leases_does_not_hold_a_pod_for_ever(server: Server, kind: str, seconds: int) -> None:
+    clock = Clock(server, {0: (0, 3)}, kind)
     drain(server.url, 10.0, 300.0, clock.sleep, clock)
-    assert 30 <= clock.now <= 33
+    assert 10 + seconds <= clock.now <= 13 + seconds
 
 
 def test_drain_ends_at_its_deadline_or_with_the_instance(server: Server) -> None:
@@ -266,6 +268,10 @@ def test_a_worker_outlives_its_leader(server: Server, monkeypatch: pytest.Monkey
 
 def test_series_that_it_reads_are_the_routers() -> None:
     assert {checking.DECISIONS, checking.RECOVERIES} <= {spec.name for spec in ROUTER}
+
+
+def test_leases_that_it_waits_for_are_gauges_of_the_connectors() -> None:
+    assert set(leaving.LEASES) <= {spec.name for spec in (*KV, *EC) if spec.kind == "gauge"}
 
 
 def test_it_starts_without_the_suites_libraries() -> None:

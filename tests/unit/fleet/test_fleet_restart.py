@@ -146,14 +146,16 @@ async def test_work_and_blocks_are_finished_first(tmp_path: Path) -> None:
         await asyncio.sleep(0.5)
         assert await running.order("fleet-decode-0") == 0
         assert [(await one)[0] for one in asked] == [200] * 4
-        # Blocks that nobody has fetched yet keep their instance, where nothing else does.
-        (tmp_path / "fleet-decode-1.leases").write_text("2")
-        told = asyncio.create_task(running.order("fleet-decode-1"))
-        await running.until(lambda: "fleet-decode-1 draining" in running.lines)
-        await asyncio.sleep(1.0)
-        assert "fleet-decode-1 stopping as asked" not in running.lines
-        (tmp_path / "fleet-decode-1.leases").write_text("0")
-        assert await told == 0
+        # Blocks and encoder outputs that nobody has fetched yet keep their instance, where nothing else does.
+        for kind in ("kv", "ec"):
+            left, mark = tmp_path / f"fleet-decode-1.{kind}", len(running.lines)
+            left.write_text("2")
+            told = asyncio.create_task(running.order("fleet-decode-1"))
+            await running.until(lambda since=mark: "fleet-decode-1 draining" in running.lines[since:])
+            await asyncio.sleep(1.0)
+            assert "fleet-decode-1 stopping as asked" not in running.lines[mark:]
+            left.write_text("0")
+            assert await told == 0
 
 
 async def test_what_nobody_else_does_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

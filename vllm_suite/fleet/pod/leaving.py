@@ -10,30 +10,32 @@ from typing import Any
 
 from vllm_suite.fleet.pod.asking import CONTROL_KEYS, CheckFailed, ask, connect, total
 
-LEASES = "vllm_suite_kv_leases_outstanding"
+# What peers have yet to fetch, by series, and how many seconds that is waited for once no request runs: somewhat more
+# than it is kept for those who never come. Blocks of a prefill are kept for 15 s, outputs of an encoder for 30 s.
+LEASES: Mapping[str, float] = {"vllm_suite_kv_leases_outstanding": 20.0, "vllm_suite_ec_leases_outstanding": 40.0}
 LOOK_S = 1.0
 _IDLE_LOOKS = 3  # a request that is between prefill and decode is nowhere for a moment
 _SILENT_LOOKS = 6  # a busy instance may answer late; one that stays silent has nothing to wait for
-_LEASES_S = 20.0  # somewhat more than the 15 s that a prefill instance keeps blocks nobody has claimed
 
 
 class Idle:
     """Whether the instance may end, from one look each second; `now` are seconds of one clock.
 
-    Leases are waited for `_LEASES_S` at most once no request runs: their gauge comes with engine steps, so that of an
-    instance without work may be old.
+    Leases are waited for as long as `LEASES` says at most: their gauges come with engine steps, so that of an instance
+    without work may be old.
     """
 
     def __init__(self, now: float) -> None:
         self._looks, self._since = 0, now
 
-    def after(self, requests: int, leases: float, now: float) -> bool:
-        """True once nothing is left, given what the latest look has found."""
+    def after(self, requests: int, leases: Mapping[str, float], now: float) -> bool:
+        """True once nothing is left, given what the latest look has found; `leases` are those of `leases_in`."""
         if requests:
             self._looks, self._since = 0, now
         else:
             self._looks += 1
-        return self._looks >= _IDLE_LOOKS and (not leases or now - self._since > _LEASES_S)
+        held = any(count and now - self._since <= LEASES[name] for name, count in leases.items())
+        return self._looks >= _IDLE_LOOKS and not held
 
     def unseen(self) -> None:
         """A look got no answer."""
@@ -50,10 +52,16 @@ def requests_in(state: Mapping[str, Any]) -> int:
     return max(in_engine, sum(int(count) for count in inside.values()))
 
 
-def work(url: str, timeout_s: float) -> tuple[int, float]:
-    """Requests in the instance at `url`, and leases of KV blocks that a peer has yet to fetch."""
+def leases_in(value: Callable[[str], float]) -> dict[str, float]:
+    """Leases of what an instance keeps for peers, by series; `value` gives the sum of a series' samples."""
+    return {name: value(name) for name in LEASES}
+
+
+def work(url: str, timeout_s: float) -> tuple[int, dict[str, float]]:
+    """Requests in the instance at `url`, and leases of what a peer has yet to fetch, by series."""
     requests = requests_in(json.loads(ask(url, "/suite/v1/state", CONTROL_KEYS, timeout_s)))
-    return requests, total(ask(url, "/metrics", (), timeout_s), LEASES)
+    text = ask(url, "/metrics", (), timeout_s)
+    return requests, leases_in(lambda name: total(text, name))
 
 
 def drain(
@@ -82,7 +90,7 @@ def drain(
         if idle.after(requests, leases, now):
             return "drained"
         if now > end:
-            raise CheckFailed(f"after {finish_s:g} s still {requests} requests, {leases:g} leases")
+            raise CheckFailed(f"after {finish_s:g} s still {requests} requests, {sum(leases.values()):g} leases")
         sleep(LOOK_S)
 
 
