@@ -2,8 +2,10 @@
 
 Three instances of role `any` and the router, started once. Two prefill and one decodes, as suits the first mix (long
 prompts, short answers). Then the mix flips to short prompts and long answers, at a rate that one decoding instance
-cannot hold and two can: `--load` times the measured capacity of one. The same arrivals are sent to the fleet with fixed
-roles and to the fleet with the controller, in turn. Every answer is compared with the one that its prompt gets alone.
+cannot hold and two can: `--load` times the measured capacity of one. What is measured differs between runs on the same
+machine; `--rate` and `--first-rate` fix the rates, so that runs can be compared. The same arrivals are sent to the
+fleet with fixed roles and to the fleet with the controller, in turn. Every answer is compared with the one that its
+prompt gets alone.
 
 Reported: TTFT, time per token and latency by phase, over all of it and over its last third, in which the roles have
 followed; the target (`--slack` times what a request takes alone); the ratio of latencies, fixed over switching; the
@@ -57,6 +59,8 @@ def main() -> int:
     parser.add_argument(
         "--load", type=float, default=1.35, metavar="X", help="of the capacity of one that decodes (1.35)"
     )
+    parser.add_argument("--rate", type=rate, metavar="REQ_PER_S", help="of the second mix; --load is then not used")
+    parser.add_argument("--first-rate", type=rate, metavar="REQ_PER_S", help="of the first mix, likewise")
     parser.add_argument("--slack", type=float, default=5.0, metavar="X", help="target: times a request alone (5)")
     parser.add_argument("--switches", type=positive, default=10, metavar="N", help="on the idle fleet (10)")
     parser.add_argument("--rule", choices=("epd", "goodput"), default="epd", help="of the controller (epd)")
@@ -92,9 +96,9 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             idle = await switches(fleet, args.switches)
             await arrange(fleet, FIXED)
             expected = await alone(fleet, (PREFILL, DECODE))
-            rates = {mix.name: args.load * await capacity(fleet, mix, 12) for mix in (PREFILL, DECODE)}
-            # Both instances prefill: the first mix is held by these, and would not be by one.
-            rates[PREFILL.name] /= 2
+            measured = {mix.name: await capacity(fleet, mix, 12) for mix in (PREFILL, DECODE)}
+            fixed = {PREFILL.name: args.first_rate, DECODE.name: args.rate}
+            rates = rates_of(measured, args.load, fixed)
             phases = [(PREFILL, rates[PREFILL.name], args.prefills), (DECODE, rates[DECODE.name], args.decodes)]
             ended = []
             for repeat in range(args.repeats):
@@ -115,6 +119,8 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "argv": sys.argv[1:],
         "rule": args.rule,
         "rates": rates,
+        "rates_fixed": fixed,
+        "capacity": measured,
         "mixes": {mix.name: {"prompt": mix.prompt, "output": mix.output} for mix in (PREFILL, DECODE)},
         "lost": [answer.error for answer in every if answer.error],
         "wrong": sum(not answer.right and answer.error is None for answer in every),
@@ -125,6 +131,23 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "ratio": ratios(found),
         "idle_switches": idle,
     }
+
+
+def rate(text: str) -> float:
+    """Argument type: requests a second."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of requests a second above 0")
+    return value
+
+
+def rates_of(measured: dict[str, float], load: float, fixed: dict[str, float | None]) -> dict[str, float]:
+    """Requests a second of each mix: the fixed ones, else `load` times what the instances held, half for the first.
+
+    Both instances prefill: the first mix is held by these, and would not be by one.
+    """
+    share = {PREFILL.name: load / 2, DECODE.name: load}
+    return {name: fixed[name] or share[name] * held for name, held in measured.items()}
 
 
 async def switches(fleet: Fleet, count: int) -> dict[str, Any]:
@@ -211,6 +234,9 @@ def report(result: dict[str, Any]) -> None:
     print(f"\nflipped load: mean latency with fixed roles is {ratio:.2f} times that with switching")
     beside = result["idle_switches"]["beside_draining_s"]
     print(f"a switch beside draining: {beside['median']:.3f} s, at most {beside['max']:.3f} s of {beside['samples']}")
+    for name, came in result["rates"].items():
+        how = "fixed" if result["rates_fixed"][name] else "measured"
+        print(f"{name}: {came:.2f} requests a second ({how}); 12 at once were served at {result['capacity'][name]:.2f}")
     print(f"requests {result['requests']}, lost {len(result['lost'])}, wrong {result['wrong']}")
 
 
