@@ -121,6 +121,8 @@ ROWS: tuple[Contract, ...] = (
     Contract("vllm.v1.request:Request.kv_transfer_params", "instance", "whether it has a reference"),
     Contract("vllm.v1.engine.output_processor:OutputProcessor.request_states", "instance", "requests by id"),
     Contract("vllm.v1.engine.output_processor:RequestState.external_req_id", "instance", "how the server calls it"),
+    Contract("vllm.v1.engine.output_processor:RequestState.parent_req", "instance", "whether sequences are done"),
+    Contract("vllm.v1.engine.parallel_sampling:ParentRequest.n", "property", "how many there are"),
     Contract("vllm.entrypoints.openai.completion.serving", "literal", "how the server calls it", value="cmpl-"),
     Contract(
         "vllm.entrypoints.openai.chat_completion.serving", "literal", "how the server calls it", value="chatcmpl-"

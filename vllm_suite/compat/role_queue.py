@@ -7,12 +7,13 @@ since nothing of its answer has left the server and it holds nothing of another 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
 METHOD = "suite_role_queue"
 # vLLM's names of engine requests: the kind, X-Request-Id, and for completions the number of the prompt.
-_COMPLETION = re.compile(r"cmpl-(.+)-[0-9]+", re.DOTALL)
+_COMPLETION = re.compile(r"cmpl-(.+)-([0-9]+)", re.DOTALL)
 _CHAT = "chatcmpl-"
 
 
@@ -40,18 +41,35 @@ def queued(core: Any) -> list[str]:
 
 
 def untouched(names: Collection[str], states: Iterable[tuple[str, Any]], waiting: Collection[str]) -> set[str]:
-    """Those of `names` of which every engine request is among `waiting`; `states` are the front end's, by id."""
-    found: dict[str, bool] = {}
+    """Those of `names` of which every engine request is among `waiting`; `states` are the front end's, by id.
+
+    The front end forgets the parts of a request that are done, prompts of several and sequences of `n`. Where one is
+    missing something was begun.
+    """
+    prompts: dict[str, set[int]] = {}
+    sequences: Counter[str] = Counter()
+    begun: set[str] = set()
     for request_id, state in states:
-        name = name_of(state.external_req_id)
-        if name in names:
-            found[name] = found.get(name, True) and request_id in waiting
-    return {name for name, all_wait in found.items() if all_wait}
+        name, prompt = part_of(state.external_req_id)
+        if name not in names:
+            continue
+        prompts.setdefault(name, set()).add(prompt)
+        # Down from as many as there are in all: 0 is left where all are there.
+        key, parent = state.external_req_id, state.parent_req
+        if key not in sequences:
+            sequences[key] = parent.n if parent is not None else 1
+        sequences[key] -= 1
+        if request_id not in waiting:
+            begun.add(name)
+    begun |= {part_of(key)[0] for key, missing in sequences.items() if missing}
+    return {name for name, found in prompts.items() if name not in begun and len(found) == max(found) + 1}
 
 
-def name_of(request: str) -> str:
-    """`X-Request-Id` of an engine request as the front end calls it; empty for what is neither completion nor chat."""
+def part_of(request: str) -> tuple[str, int]:
+    """`X-Request-Id` and number of the prompt of an engine request as the front end calls it; no name for what is
+    neither completion nor chat.
+    """
     if request.startswith(_CHAT):
-        return request.removeprefix(_CHAT)
+        return request.removeprefix(_CHAT), 0
     match = _COMPLETION.fullmatch(request)
-    return match[1] if match else ""
+    return (match[1], int(match[2])) if match else ("", 0)

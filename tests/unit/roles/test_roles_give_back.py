@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from vllm_suite.compat.role_queue import name_of, untouched
+from vllm_suite.compat.role_queue import part_of, untouched
 from vllm_suite.roles.gate import REFUSED_HEADER, STAGE_HEADER, Door, Gate
 from vllm_suite.roles.instance import POLL_S, Report, Settings, Switcher
 from vllm_suite.roles.seen import Seen, others_take
@@ -253,18 +253,38 @@ async def test_a_client_that_leaves_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_id", "name"),
-    [("cmpl-a-0", "a"), ("cmpl-a-0-12", "a-0"), ("chatcmpl-a-0", "a-0"), ("cmpl-a", ""), ("embd-a-0", ""), ("", "")],
-)
-def test_names_of_engine_requests(request_id: str, name: str) -> None:
-    assert name_of(request_id) == name
+    ("request_id", "part"),
+    [
+        ("cmpl-a-0", ("a", 0)), ("cmpl-a-0-12", ("a-0", 12)), ("chatcmpl-a-0", ("a-0", 0)), ("cmpl-a", ("", 0)),
+        ("embd-a-0", ("", 0)), ("", ("", 0)),
+    ],
+)  # fmt: skip
+def test_names_of_engine_requests(request_id: str, part: tuple[str, int]) -> None:
+    assert part_of(request_id) == part
+
+
+def state(name: str, n: int | None = None) -> Any:
+    return SimpleNamespace(external_req_id=name, parent_req=SimpleNamespace(n=n) if n else None)
 
 
 def test_a_request_of_several_prompts_is_queued_where_all_are() -> None:
     names = ("cmpl-a-0", "cmpl-a-1", "cmpl-b-0", "cmpl-b-1", "chatcmpl-c", "cmpl-d-0")
-    states = [(f"{name}-x", SimpleNamespace(external_req_id=name)) for name in names]
+    states = [(f"{name}-x", state(name)) for name in names]
     waiting = {"cmpl-a-0-x", "cmpl-a-1-x", "cmpl-b-0-x", "chatcmpl-c-x", "cmpl-d-0-x"}
     assert untouched({"a", "b", "c", "e"}, states, waiting) == {"a", "c"}
+
+
+def test_a_part_that_is_done_was_begun() -> None:
+    """The front end has forgotten it, and the rest still waits: prompt 0 of `a`, 1 of `b`, one sequence of `c`."""
+    states = [
+        ("cmpl-a-1-x", state("cmpl-a-1")),
+        ("cmpl-b-0-x", state("cmpl-b-0")),
+        ("cmpl-b-2-x", state("cmpl-b-2")),
+        ("1_chatcmpl-c-x", state("chatcmpl-c", 2)),
+        ("0_chatcmpl-d-x", state("chatcmpl-d", 2)),
+        ("1_chatcmpl-d-x", state("chatcmpl-d", 2)),
+    ]
+    assert untouched({"a", "b", "c", "d"}, states, {request for request, _ in states}) == {"d"}
 
 
 @pytest.mark.parametrize(
