@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
 # Below this folder: these want the machine for themselves.
@@ -46,6 +47,16 @@ ALONE = (
 # What workers begin with: engines are forked from a process that has run nothing else, and a long file that is begun
 # last leaves all workers but one without work.
 FIRST = ("engine", "unit/swiftkv", "unit/dler", "unit/kernels")
+
+
+# How long examples take says how busy the machine is. The rest stays as Hypothesis has it, in CI and elsewhere.
+settings.register_profile(
+    "untimed",
+    parent=settings.get_profile(settings.get_current_profile_name()),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
