@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import yaml
-from chart_render import CHART, ROOT, find, render
+from chart_render import CHART, ROOT, container, find, render
 
 from vllm_suite import __version__
 from vllm_suite.compat.versions import SUPPORTED, series
@@ -14,6 +15,7 @@ from vllm_suite.fleet.kubernetes import KubernetesSpec
 from vllm_suite.fleet.reference import table
 
 PAGE = (ROOT / "docs/kubernetes.md").read_text()
+YAML = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_page_holds_the_table() -> None:
@@ -23,15 +25,38 @@ def test_the_page_holds_the_table() -> None:
 
 
 def test_the_pages_example_is_a_fleet_that_renders() -> None:
-    text = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
+    text = YAML[1]
     parse_fleet(text)
     objects = render(yaml.safe_load(text))
     assert find(objects, "ScaledObject", "llm-decode")
 
 
+def test_a_plan_and_the_pages_file_of_the_cluster_are_a_release(planned: dict[str, Path]) -> None:
+    plan, cluster = yaml.safe_load(planned["planned pd"].read_text()), yaml.safe_load(YAML[0])
+    assert not plan["kubernetes"].keys() & cluster["kubernetes"].keys(), "a new plan would not replace the old one's"
+    objects = render({**plan, "kubernetes": {**plan["kubernetes"], **cluster["kubernetes"]}})
+    one = container(find(objects, "Deployment", "llm-decode"))
+    assert one["image"] == f"REGISTRY/vllm-suite:{__version__}"
+    (token,) = [entry["valueFrom"]["secretKeyRef"] for entry in one["env"] if entry["name"] == "HF_TOKEN"]
+    assert token == {"name": "hub", "key": "token"}
+
+
+def test_no_page_gives_a_release_values_that_its_next_upgrade_forgets() -> None:
+    """Helm does: an upgrade with files knows nothing of what an earlier --set said."""
+    commands = [
+        line
+        for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+        for line in path.read_text().splitlines()
+        if re.search(r"helm (install|upgrade) llm ", line)
+    ]
+    assert len(commands) > 4
+    for command in commands:
+        assert "-f fleet.yaml -f cluster.yaml" in command
+        assert "--set" not in command
+
+
 def test_the_pages_gateway_is_a_part_of_a_fleet() -> None:
-    text = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
-    objects = render({"model": "org/model", "pools": {"decode": {}}, **yaml.safe_load(text)})
+    objects = render({"model": "org/model", "pools": {"decode": {}}, **yaml.safe_load(YAML[2])})
     assert find(objects, "HTTPRoute", "llm-router")
     assert find(objects, "InferencePool", "llm-router")
 

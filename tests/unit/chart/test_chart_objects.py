@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any
 
 import crd_schemas
@@ -356,6 +357,16 @@ def test_notes_name_the_key_only_where_there_is_one() -> None:
     assert "Bearer" in notes("scaled")
     assert "Bearer" not in notes("plain")
     assert "need no key" in notes("plain")
+    for kind in ("Service", "Secret"):
+        for name in ("plain", "scaled"):
+            made = {found["metadata"]["name"] for found in render(CASES[name]) if found["kind"] == kind}
+            said = re.findall(r"service/(\S+)" if kind == "Service" else r"get secret (\S+)", notes(name))
+            assert made.issuperset(said), "named in the notes, and not there"
+            assert said or (kind, name) == ("Secret", "plain")
+    # What nobody asked for is not missed.
+    quiet = files(fleet(kubernetes={"monitoring": {"enabled": False}}), apis=())
+    assert "operator" in next(text for path, text in files(fleet(), apis=()).items() if path.endswith("NOTES.txt"))
+    assert "operator" not in next(text for path, text in quiet.items() if path.endswith("NOTES.txt"))
     # Nobody may scrape instances unless the file says who.
     assert "network_policies.metrics_from" in notes("plain")
     assert "network_policies.metrics_from" not in notes("switching")
