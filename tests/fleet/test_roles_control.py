@@ -14,8 +14,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from flip import DECODE, PREFILL, Mix, Steady, alone, become, flip_spec
-from harness import Fleet, run_of_ports, running
+from flip import DECODE, PREFILL, Mix, Steady, access, alone, become, flip_spec, switch
+from harness import CONTROL_KEY, Fleet, run_of_ports, running
+
+from vllm_suite.roles.client import look
 
 PREFILLING = {"prefill": 2, "decode": 1}
 DECODING = {"prefill": 1, "decode": 2}
@@ -71,6 +73,28 @@ async def test_the_controller_of_up_dies_and_comes_back(model: Path, tmp_path: P
         assert await moves(fleet, why="start") == 0
     for run in (steady, flipped):
         assert [one for one in run.answers if not one.right] == []
+
+
+async def test_a_role_that_was_set_by_hand_outlives_a_crash(model: Path, tmp_path: Path) -> None:
+    async with controlled(model, tmp_path, {}) as fleet:
+        seen, _ = await look(fleet.session, access(fleet))
+        name = next(one.instance_id for one in seen if one.role == "prefill").removeprefix("fleet-")
+        await switch(fleet, name, "decode")
+        async with asyncio.timeout(60):
+            while '_instances{role="decode"} 2.0' not in (await fleet.get("controller", "/metrics")).text:
+                await asyncio.sleep(0.1)
+        fleet.signal(name, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while fleet.member(name)["state"] != "restarting":
+                await asyncio.sleep(0.02)
+        # `start` would make it prefill.
+        await become(fleet, DECODING, timeout_s=240)
+        assert (await fleet.get(name, "/suite/v1/role", CONTROL_KEY)).json["role"] == "decode"
+        assert (await moves(fleet, why="again"), await moves(fleet, why="start")) == (1, 3)
+        expected = await alone(fleet, (PREFILL, SHORT), warm=False)
+        async with Steady(fleet, SHORT, 2, expected) as steady:
+            await steady.some(8)
+        assert [one for one in steady.answers if not one.right] == []
 
 
 @pytest.fixture(scope="module")
