@@ -133,7 +133,9 @@ def parse(raw: Any) -> Handoff | Refusal:
         return Refusal.UNFENCED
     try:
         ref = msgspec.convert(raw, Handoff, strict=True)
-    except msgspec.ValidationError:
+        # Half a surrogate pair is text to Python alone, and no fingerprint can be made of it.
+        msgspec.json.encode(ref)
+    except (msgspec.ValidationError, UnicodeEncodeError):
         return Refusal.MALFORMED
     sane = ref.version == VERSION and 0 < ref.claim_port < 65536 and ref.tokens >= 0 and ref.claim_host != ""
     return ref if sane else Refusal.MALFORMED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,12 @@ def test_no_signature_is_more_than_wrong(mac: str) -> None:
     fields = {**reference().to_json(), "mac": mac}
     assert Handoff(**fields).check_signature(b"key") is Refusal.BAD_SIGNATURE
     assert not Pending(identifier="i", candidates=(), wait_s=1.0, mac=mac).right_signature(b"key")
+
+
+@pytest.mark.parametrize("name", ["producer", "epoch", "request_id", "content", "claim_host", "mac"])
+def test_half_a_surrogate_pair_is_malformed(name: str) -> None:
+    """As JSON for Python may hold it, where the engine is in the process that read the request."""
+    assert parse({**reference().to_json(), name: "\ud800"}) is Refusal.MALFORMED
 
 
 @given(st.lists(st.text(max_size=5), max_size=4), st.lists(st.text(max_size=5), max_size=4))
