@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from harness import CONTROL_KEY, ENGINE_KEY, KEY, Fleet, prompt, request
+from harness import CONTROL_KEY, ENGINE_KEY, KEY, MODEL, Fleet, prompt, request
 
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -113,6 +113,41 @@ async def test_corrupt_and_replayed_references_over_http(fleet: Fleet) -> None:
     # The fleet key signs the fence; block ids are covered by its location digest.
     assert await fleet.metric("decode", "vllm_suite_kv_refused_total", reason="tampered") == 1
     assert await fleet.metric("decode", "vllm_suite_kv_refused_total", reason="reused") == 1
+
+
+async def test_an_instance_generates_for_nobody_without_its_key(fleet: Fleet) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 2}
+    for path in ("/invocations", "/v1/completions", "/tokenize"):
+        async with fleet.session.post(fleet.url("decode") + path, json=body) as answer:
+            assert (answer.status, await answer.text()) == (401, '{"error":"Unauthorized"}'), path
+        assert (await fleet.post(body, "decode", path)).status == 200, path
+
+
+async def test_references_that_are_none_over_http(fleet: Fleet) -> None:
+    """Any of them would end the engine if an exception left the scheduler."""
+    text = prompt(200, 58)
+    alone = await fleet.post(request(text), "decode")
+    kv = (await fleet.post(request(text, 1, kv_transfer_params=PREFILL), "prefill")).json["kv_transfer_params"]
+
+    async def refused(reason: str) -> float:
+        return await fleet.metric("decode", "vllm_suite_kv_refused_total", reason=reason)
+
+    no_mac = {key: value for key, value in kv["suite"].items() if key != "mac"}
+    wrong: dict[str, list[Any]] = {
+        "bad_signature": [{**kv["suite"], "mac": "\u00e9" * 64}, {**kv["suite"], "producer": "\u00e9"}, no_mac],
+        "malformed": [{**kv["suite"], "mac": 5}, {**kv["suite"], "mac": ["a"]}, {}],
+        "unfenced": [None],
+    }
+    for reason, parts in wrong.items():
+        before = await refused(reason)
+        for part in parts:
+            answer = await fleet.post(request(text, kv_transfer_params={**kv, "suite": part}), "decode")
+            assert answer.tokens == alone.tokens, part
+        assert await refused(reason) == before + len(parts)
+    # What vLLM cannot hand to its engine, it refuses itself.
+    part = {**kv["suite"], "mac": "\ud800"}
+    assert (await fleet.post(request(text, kv_transfer_params={**kv, "suite": part}), "decode")).status == 500
+    assert (await fleet.post(request(text, kv_transfer_params=kv), "decode")).tokens == alone.tokens
 
 
 async def test_a_client_that_leaves_during_prefill(fleet: Fleet) -> None:

@@ -20,6 +20,7 @@ from vllm_suite import __version__
 from vllm_suite.catalog import ENV_PLUGINS, PLUGINS
 from vllm_suite.compat.allowlist import CONTROL
 from vllm_suite.compat.engine_state import EngineProbe, Load, read_load
+from vllm_suite.compat.key_guard import KeyGuard
 from vllm_suite.compat.pull_totals import PullTotals
 from vllm_suite.compat.role_routes import RoleRoutes
 from vllm_suite.compat.role_work import read_work
@@ -74,6 +75,9 @@ class Control:
         state.__annotations__ = {"request": Request, "return": JSONResponse}
         app.add_api_route(STATE_PATH, state, methods=["GET"], include_in_schema=False, response_model=None)
         self._roles.attach(app, refusal, lambda: bool(self._keys))
+        own = instance_keys(getattr(app.state, "args", None))
+        if own:
+            app.add_middleware(KeyGuard, opens=lambda header: authorized(header, own))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Keep the engine client and what does not change. vLLM's render server has no engine: None."""
@@ -141,9 +145,12 @@ def control_keys(args: Any) -> tuple[bytes, ...]:
     ``VLLM_SUITE_CONTROL_KEY`` where set, else the instance's own ``--api-key`` values, else ``VLLM_API_KEY``.
     """
     control = os.environ.get(ENV_CONTROL_KEY)
-    given: Iterable[str | None] = (
-        [control] if control else getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-    )
+    return (_digest(control),) if control else instance_keys(args)
+
+
+def instance_keys(args: Any) -> tuple[bytes, ...]:
+    """Digests of the keys that vLLM itself asks for; empty where it asks for none."""
+    given: Iterable[str | None] = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
     return tuple(_digest(key) for key in given if key)
 
 

@@ -33,6 +33,18 @@ class Server:
 
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
+    async for one in serving(monkeypatch):
+        yield one
+
+
+@pytest.fixture
+async def locked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
+    """With a key of vLLM's."""
+    async for one in serving(monkeypatch, "--api-key", "engine-key", "other-key"):
+        yield one
+
+
+async def serving(monkeypatch: pytest.MonkeyPatch, *options: str) -> AsyncIterator[Server]:
     monkeypatch.setenv("VLLM_PLUGINS", "vllm_suite_control")
     monkeypatch.setenv("VLLM_SUITE_CONTROL_KEY", KEY)
     monkeypatch.setenv("VLLM_SUITE_ROLE", "any")
@@ -51,7 +63,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
             made.append(self)
 
     monkeypatch.setattr(endpoint, "Control", Kept)
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "tiny"])
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "tiny", *options])
     app = build_app(args, ("render",))
     [control] = made
     # As vLLM's render server does it: there is no engine.
@@ -146,6 +158,28 @@ async def test_the_control_routes_are_there(server: Server) -> None:
     sent = sendable("POST", "/suite/v1/role", [(b"Authorization", b"Bearer control-key")], _framed(encoded(document)))
     answer = await exchange(server.url, [sent], DEADLINE_S)
     assert (answer.status, json.loads(answer.body)["reason"]) == (409, "fixed")
+
+
+async def test_what_vllm_leaves_open_needs_its_key(locked: Server, server: Server) -> None:
+    """`/invocations` generates; vLLM asks for its key under `/v1` and a few more alone."""
+
+    async def status(at: Server, method: str, path: str, key: bytes = b"") -> int | None:
+        headers = [(b"Authorization", b"Bearer " + key)] if key else []
+        return (await exchange(at.url, [sendable(method, path, headers, _framed(b"{}"))], DEADLINE_S)).status
+
+    posts = ["/invocations", "/tokenize", "/detokenize", "/v1/completions", "/nowhere", "//invocations", "/metrics"]
+    for path in posts:
+        for key in (b"", b"control-key", b"engine-keys", b"\xff"):
+            assert await status(locked, "POST", path, key) == 401, (path, key)
+        for key in (b"engine-key", b"other-key"):
+            assert await status(locked, "POST", path, key) not in (401, None), (path, key)
+        assert await status(server, "POST", path) != 401, path
+    for path in ("/health", "/metrics", "/ping", "/version"):
+        assert await status(locked, "GET", path) != 401, path
+    assert await status(locked, "POST", "/ping") != 401
+    # The control routes keep their own.
+    assert await status(locked, "POST", "/suite/v1/role", b"engine-key") == 401
+    assert await status(locked, "POST", "/suite/v1/role", b"control-key") == 400
 
 
 async def test_a_deep_body_is_malformed(server: Server) -> None:

@@ -139,7 +139,7 @@ async def test_a_switch_from_end_to_end(make: Any) -> None:
     assert role_limits.read(served.core.scheduler) == {**STARTED, "max_num_batched_tokens": 256}
     for stage, status in (("decode", 200), ("prefill", 503)):
         body = {"prompt": [3], "max_tokens": 1}
-        answer = await served.client.post("/v1/completions", json=body, headers={STAGE_HEADER: stage})
+        answer = await served.client.post("/v1/completions", json=body, headers={STAGE_HEADER: stage, **KEY})
         assert answer.status_code == status
     assert (await served.set("prefill", role_epoch=1)).status_code == 202
     now = await served.settled()
