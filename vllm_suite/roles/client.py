@@ -123,13 +123,19 @@ async def ended(
 ) -> dict[str, Any]:
     """What an instance says once the switch has ended that it has `begun`: the answer of `switch`.
 
-    Raises NoAnswer, also where it was restarted or switched by somebody else, or has not ended in `timeout_s` seconds.
+    Late answers are waited for. Raises NoAnswer, also where it was restarted or switched by somebody else, or has not
+    ended in `timeout_s` seconds.
     """
     attempt, now = (begun.get("last") or {}).get("attempt"), begun
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                now = await role(session, one.url, key)
+                try:
+                    now = await role(session, one.url, key)
+                except NoAnswer as error:
+                    if not isinstance(error.__cause__, TimeoutError):
+                        raise
+                    continue  # busy with the switch, or with the work before it
                 last = now.get("last") or {}
                 if now.get("epoch") != one.epoch or last.get("attempt") != attempt:
                     raise NoAnswer(f"{one.instance_id} was restarted, or switched by somebody else, meanwhile")

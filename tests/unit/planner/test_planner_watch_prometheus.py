@@ -99,8 +99,8 @@ def test_windows_are_what_prometheus_answers() -> None:
     # What Prometheus has no number for counts as nothing.
     assert two.outputs.total == 0.0
     queries = {asked["query"] for asked in fake.asked}
-    assert 'sum (increase(vllm:request_success_total{job="decode"}[30s]))' in queries
-    assert 'sum by (le) (increase(vllm:request_prompt_tokens_bucket{job="decode"}[30s]))' in queries
+    assert 'sum (increase(vllm:request_success_total{job="decode"}[30000ms]))' in queries
+    assert 'sum by (le) (increase(vllm:request_prompt_tokens_bucket{job="decode"}[30000ms]))' in queries
     assert {(asked["start"], asked["end"], asked["step"]) for asked in fake.asked} == {("1030.000", "1060.000", "30")}
 
 

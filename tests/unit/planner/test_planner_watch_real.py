@@ -83,6 +83,10 @@ def seen(server: prometheus.Prometheus, began: float, **settings: float) -> list
     return source.windows(began, began + SCRAPE_S * HOUR + source.lag)
 
 
+def test_windows_may_be_of_a_fraction_of_a_second_more(server: prometheus.Prometheus, began: float) -> None:
+    assert len(seen(server, began, step=150.5)) > 15
+
+
 def test_windows_are_what_was_served(server: prometheus.Prometheus, began: float) -> None:
     windows = seen(server, began)
     # Those of the three minutes without a scrape are not taken for minutes without a request.

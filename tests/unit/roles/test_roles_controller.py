@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from vllm_suite.roles import client
 from vllm_suite.roles import controller as module
 from vllm_suite.roles.client import Access, NoAnswer
 from vllm_suite.roles.config import RolesSpec
@@ -138,3 +139,28 @@ async def test_the_last_of_a_stage_keeps_its_queue(monkeypatch: pytest.MonkeyPat
     fleet.controller = Controller(spec, Access("http://x"), CollectorRegistry())
     assert await fleet.once() is not None
     assert fleet.asked == [("a0", "prefill", another)]
+
+
+@pytest.mark.parametrize(("cause", "waits"), [(TimeoutError(), True), (ConnectionRefusedError(), False)])
+async def test_a_late_answer_in_a_switch_is_no_end_of_it(
+    monkeypatch: pytest.MonkeyPatch, cause: Exception, waits: bool
+) -> None:
+    one = Seen("d0", "http://x", "e", "decode", 0, "serving", True, ("prefill", "decode"), 0, 0)
+    begun = {"epoch": "e", "last": {"attempt": 1, "outcome": None}}
+    done = {"epoch": "e", "last": {"attempt": 1, "outcome": "switched"}}
+    answers: list[Any] = [begun, cause, done]
+
+    async def role(session: Any, url: str, key: str | None) -> dict[str, Any]:
+        found: Any = answers.pop(0)
+        if isinstance(found, Exception):
+            raise NoAnswer("gives no answer") from found
+        assert isinstance(found, dict)
+        return found
+
+    monkeypatch.setattr(client, "role", role)
+    asked = client.ended(None, one, begun, None, 60.0)  # type: ignore[arg-type]
+    if waits:
+        assert await asked == done
+    else:
+        with pytest.raises(NoAnswer):
+            await asked

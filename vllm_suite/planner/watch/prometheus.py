@@ -57,7 +57,7 @@ class Prometheus:
         import aiohttp
 
         first, last = start + self.step, start + count * self.step
-        each = f"{self.step:g}s"
+        each = f"{round(self.step * 1000)}ms"  # a duration is a whole number of a unit
         names = [REQUESTS, *(f"{name}_{part}" for name in (PROMPTS, OUTPUTS) for part in ("sum", "bucket"))]
         queries = [
             f"sum{' by (le)' if name.endswith('_bucket') else ''} (increase({name}{{{self.selector}}}[{each}]))"
@@ -70,7 +70,7 @@ class Prometheus:
         for name, rows in found.items():
             if not rows:
                 raise WatchError(
-                    f"{self.shown}: no series {name}{{{self.selector}}} with two samples in {each}; is vLLM scraped "
+                    f"{self.shown}: no series {name}{{{self.selector}}} with two samples in {self.step:g}s; is vLLM scraped "
                     "there, and at least twice in a window?"
                 )
         windows = (self._window(found, start + i * self.step, start + (i + 1) * self.step) for i in range(count))
