@@ -34,7 +34,8 @@ from prometheus_client import start_http_server
 from vllm_suite.observability.capabilities import ROLES as DASHBOARD
 
 ROLES = {"every": 0.5, "agree": 2, "hold": 3, "least_queue": 3}
-QUICK = {"every": 0.25, "agree": 2, "hold": 1, "least_queue": 3}
+# A second of looks that agree: requests that wait for their KV blocks on a busy machine are no queue yet.
+QUICK = {"every": 0.25, "agree": 4, "hold": 1, "least_queue": 3}
 
 # More than one instance takes of either mix: two prefills run together there, or four that decode.
 CLIENTS = 8

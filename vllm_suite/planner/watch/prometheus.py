@@ -70,8 +70,8 @@ class Prometheus:
         for name, rows in found.items():
             if not rows:
                 raise WatchError(
-                    f"{self.shown}: no series {name}{{{self.selector}}} with two samples in {self.step:g}s; is vLLM scraped "
-                    "there, and at least twice in a window?"
+                    f"{self.shown}: no series {name}{{{self.selector}}} with two samples in {self.step:g}s; is vLLM "
+                    "scraped there, and at least twice in a window?"
                 )
         windows = (self._window(found, start + i * self.step, start + (i + 1) * self.step) for i in range(count))
         return [window for window in windows if window is not None]
