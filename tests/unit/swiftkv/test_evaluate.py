@@ -22,9 +22,15 @@ from vllm_swiftkv.families import SwiftKVError
 # --- arguments ---
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    """For that module alone: packages that are imported meanwhile ask too, and remember the answer."""
+    util = SimpleNamespace(find_spec=lambda name: name if there else None)
+    monkeypatch.setattr(evaluate_cli, "importlib", SimpleNamespace(util=util))
+
+
 def said(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a refusal, on a machine that has the harness."""
-    monkeypatch.setattr(evaluate_cli.importlib.util, "find_spec", lambda name: name)
+    installed(monkeypatch, True)
     assert main(["swiftkv", "eval", "--model", "anywhere", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -58,7 +64,7 @@ def test_a_folder_without_a_checkpoint(
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(evaluate_cli.importlib.util, "find_spec", lambda name: None)
+    installed(monkeypatch, False)
     assert main(["swiftkv", "eval", "--model", "m", "--preset", "paper"]) == 2
     text = "error: lm-evaluation-harness is not installed: pip install 'vllm-suite[eval]'\n"
     assert capsys.readouterr().err == f"vllm-suite swiftkv eval: {text}"
@@ -255,7 +261,7 @@ def test_a_run_that_fails_loses_nothing_of_the_one_before(
             }
         }
 
-    monkeypatch.setattr(evaluate_cli.importlib.util, "find_spec", lambda name: name)
+    installed(monkeypatch, True)
     monkeypatch.setattr(evaluate, "is_swiftkv", lambda model: True)
     monkeypatch.setattr(evaluate, "prepare", lambda requests, include: {"a": False, "b": True})
     monkeypatch.setattr(evaluate, "_run", run)
